@@ -1,0 +1,92 @@
+"The registry says what the paper's tables 3 and 10 say; scales and parameters are refused with one line."
+from pathlib import Path
+
+import pytest
+
+from heed_nb.conditions import (BENCHMARKS, CONDITIONS, TrainSettings, alignment_table, check_parameters, get_condition,
+                                load_scale, recipe_table)
+
+TABLE_3 = """
+LoLCATs        | x |   | x |   |
+MOHAWK / Llama |   | x | x |   | x
+Mamba-in-Llama | x |   |   |   | x
+MaTVLM         | x |   | x |   | x
+mmMamba        | x |   | x |   | x
+C1: KD         | x |   |   |   | x
+C2: HSA        | x |   | x |   | x
+C3: RSA        | x |   |   | x | x
+C4: HEED       | x |   |   | W | x
+"""
+
+
+def test_table_3_is_the_papers():
+    paper = [tuple(cell.strip() for cell in line.split("|")) for line in TABLE_3.strip().splitlines()]
+    marks = {"": "", "✓": "x", "✓ᵂ": "W"}
+    ours = [(row["Method"], *(marks[row[k]] for k in ("WT", "MO", "HSA", "RSA", "KD"))) for row in recipe_table()]
+    assert ours == paper
+
+
+def test_table_10_is_the_papers():
+    assert [(row["Condition"], row["L_align"]) for row in alignment_table()] == [
+        ("C1 (KD)", "— (Stages 1/2 skipped)"), ("C2 (HSA)", "per-layer attn-output MSE"),
+        ("C3 (RSA)", "uniform residual-stream MSE"), ("C4 (HEED)", "density-weighted RSA")]
+
+
+def test_ladder_and_benchmarks_are_complete():
+    assert {"C0", "C1", "C2", "C3", "C4", "C5", "C6", "C4-shuffled", "-Residual", "-Density"} <= set(CONDITIONS)
+    assert list(BENCHMARKS)[:2] == ["ocrbench_v2", "docvqa"] and len(BENCHMARKS) == 10
+
+
+@pytest.fixture
+def scale_file(tmp_path, monkeypatch):
+    path = tmp_path / "workflow" / "scales" / "tiny.yaml"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "nbs" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "nbs" / "runs")  # a notebook's working directory
+    path.write_text("teacher: t\ntoken_budget: 1000\nbudgets: [500, 1000]\ntrain: {lr: 1e-3, threads: 2}\n")
+    return path
+
+
+def test_a_scale_is_read_from_below_the_repository(scale_file):
+    scale = load_scale("tiny", {"train.lr": 0.5, "evaluate": {"questions": 7}})
+    assert (scale.name, scale.budgets, scale.evaluate) == ("tiny", (500, 1000), {"questions": 7})
+    assert scale.settings(token_budget=300, seed=4) == TrainSettings(300, 4, lr=0.5, threads=2)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"condition": "C4"}, "unknown key 'condition' in workflow/scales/tiny.yaml or its overrides; allowed: teacher"),
+    ({"train.learning_rate": 1}, "unknown key 'learning_rate' in train of"),
+    ({"train.seed": 1}, "unknown key 'seed' in train of"),
+    ({"conditions": ["C1", "C9"]}, "unknown condition 'C9'; one of C0, C1"),
+    ({"conditions": "C1"}, "conditions is 'C1'"),
+    ({"seeds": ["zero"]}, "seeds is 'zero'"),
+    ({"token_budget": 0}, "token_budget is 0; it must be above 0"),
+    ({"budgets": [-5]}, "token_budget is -5"),
+    ({"train.lr": "fast"}, "lr is 'fast'"),
+    ({"train.lr": float("nan")}, "lr is nan; it must be above 0"),
+    ({"train.batch_size": 2.5}, "batch_size is 2.5"),
+    ({"train.threads": 0}, "threads is 0"),
+    ({"train.warmup": 2}, "warmup is 2.0; it must lie in 0..1"),
+    ({"train.stages": [0.5, 0.5]}, "stages is (0.5, 0.5); three shares"),
+    ({"evaluate.questions": 0}, "evaluate.questions is 0"),
+])
+def test_a_wrong_scale_is_refused(scale_file, overrides, message):
+    with pytest.raises(ValueError) as error:
+        load_scale("tiny", overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_scale_and_an_unknown_condition_name_what_there_is(scale_file, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown scale 'toi'; one of tiny"):
+        load_scale("toi")
+    with pytest.raises(ValueError, match="unknown condition 'C9'; one of C0, C1"):
+        get_condition("C9")
+    monkeypatch.chdir(Path(tmp_path.anchor))
+    with pytest.raises(ValueError, match="no workflow/scales at or above"):
+        load_scale("tiny")
+
+
+def test_a_misspelt_notebook_parameter_is_refused():
+    check_parameters({"scale": "toy", "In": [], "Out": {}, "_i": "", "print": print, "pytest": pytest}, ("scale", "seed"))
+    with pytest.raises(ValueError, match="unknown parameter 'sed'; allowed: scale, seed"):
+        check_parameters({"scale": "toy", "sed": 1}, ("scale", "seed"))
