@@ -1,0 +1,104 @@
+"Eq. 1, 4 and 5 against loops written from the paper, and the memory that the chunked KL holds."
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from heed_nb.losses import kd_loss, kd_terms, next_is_text, record_outputs, residual_alignment
+
+
+def eq_5(student, teacher, weights):
+    total = 0.0
+    for s, t in zip(student, teacher):
+        for b in range(s.shape[0]):
+            for p in range(s.shape[1]):
+                total += weights[b, p].item() * sum((x - y) ** 2 for x, y in zip(s[b, p].tolist(), t[b, p].tolist()))
+    return total / (len(student) * weights.sum().item())
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_alignment_is_eq_5_and_eq_4(layers):
+    torch.manual_seed(layers)
+    student = [torch.randn(2, 6, 3, dtype=torch.float64) for _ in range(layers)]
+    teacher = [torch.randn(2, 6, 3, dtype=torch.float64) for _ in range(layers)]
+    mask = torch.tensor([[1.0] * 6, [0, 0, 1, 1, 1, 1]], dtype=torch.float64)
+    weights = mask * torch.rand(2, 6, dtype=torch.float64)
+    for w in (weights, mask):
+        assert residual_alignment(student, teacher, w).item() == pytest.approx(eq_5(student, teacher, w), rel=1e-12)
+    assert residual_alignment(student, teacher).item() == pytest.approx(eq_5(student, teacher, torch.ones(2, 6)), rel=1e-12)
+
+
+def test_padding_neither_counts_nor_pulls():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 1, 5, 3)
+    student.requires_grad_()
+    mask = torch.tensor([[0.0, 0, 1, 1, 1]])
+    loss = residual_alignment([student], [teacher], mask)
+    assert_close(loss, residual_alignment([student[:, 2:]], [teacher[:, 2:]]))
+    loss.backward()
+    assert student.grad[:, :2].abs().max() == 0 and student.grad[:, 2:].abs().min() > 0
+
+
+def test_bf16_residuals_are_compared_in_float32():
+    student, teacher = torch.full((1, 4, 256), 1.0), torch.full((1, 4, 256), 1.0 + 2 ** -7)
+    loss = residual_alignment([student.bfloat16()], [teacher.bfloat16()])
+    assert loss.dtype == torch.float32 and loss.item() == 256 * 2 ** -14
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_kd_is_eq_1(dtype):
+    torch.manual_seed(0)
+    B, T, D, V = 2, 6, 4, 9
+    head = nn.Linear(D, V, bias=False, dtype=dtype)
+    student, teacher = torch.randn(2, B, T, D, dtype=dtype)
+    labels = torch.tensor([[-100, -100, 3, 4, -100, 8], [-100, -100, -100, 0, 1, -100]])
+    attention = torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 1]])
+    text = torch.tensor([[1, 0, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]])
+    kl, ce, n_kl, n_ce = 0.0, 0.0, 0, 0
+    for b in range(B):
+        for t in range(T - 1):
+            p, q = head(teacher[b, t]).double().softmax(0).tolist(), head(student[b, t]).double().softmax(0).tolist()
+            if attention[b, t] and text[b, t + 1]:
+                n_kl, kl = n_kl + 1, kl + sum(x * math.log(x / y) for x, y in zip(p, q))
+            if labels[b, t + 1] != -100:
+                n_ce, ce = n_ce + 1, ce - math.log(q[labels[b, t + 1]])
+    for chunk_size in (2, 100):
+        terms = kd_terms(student, teacher, head, labels, next_is_text(text, attention), chunk_size=chunk_size)
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+        assert [x.item() for x in terms] == pytest.approx([kl / n_kl, ce / n_ce], rel=tolerance)
+        loss = kd_loss(student, teacher, head, labels, next_is_text(text, attention), kl_weight=2.0, ce_weight=0.5, chunk_size=chunk_size)
+        assert loss.item() == pytest.approx(2 * kl / n_kl + 0.5 * ce / n_ce, rel=tolerance)
+
+
+def test_chunks_bound_the_logits_that_are_held():
+    T, D, V, chunk = 96, 4, 500, 16
+    rows, saved = [], []
+
+    class Head(nn.Linear):
+        def forward(self, x):
+            rows.append(len(x))
+            return super().forward(x)
+
+    head = Head(D, V)
+    student, teacher = torch.randn(2, 1, T, D)
+    student.requires_grad_()
+    labels = torch.randint(0, V, (1, T))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        loss = kd_loss(student, teacher, head, labels, torch.ones(1, T, dtype=torch.bool), chunk_size=chunk)
+    loss.backward()
+    assert max(rows) <= chunk
+    assert max(saved) <= D * V  # the head itself, and no logits
+    assert student.grad.abs().sum() > 0 and head.weight.grad.abs().sum() > 0
+
+
+def test_outputs_are_recorded_with_their_graph_and_hooks_removed():
+    net = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(RuntimeError):
+        with record_outputs(net) as outputs:
+            net[1](net[0](torch.ones(1, 2)))
+            raise RuntimeError
+    assert not any(m._forward_hooks for m in net)
+    outputs[1].sum().backward()
+    assert net[0].weight.grad is not None
