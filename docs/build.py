@@ -1,0 +1,172 @@
+"""The documentation site and README.md, made from the notebooks as they stand, outputs included.
+
+Each notebook becomes a page, each module a reference page from its docstrings and docments,
+and each published scale a page of its tables and figures. Nothing is run but imports.
+"""
+import argparse
+import base64
+import logging
+import os
+import re
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import nbformat
+from latex2mathml.converter import convert
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from nbdev.showdoc import show_doc
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "nbs"
+DIRECTIVE = re.compile(r"^#\| *(\w+).*\n?", re.M)
+CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|`+[^`\n]+`+)", re.M | re.S)
+MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])", re.S)
+
+
+def outside_code(text, change):
+    "`text` with `change` applied to what is neither a code block nor a code span."
+    pieces = CODE.split(text)  # text, code, fence, text, ...
+    return "".join(change(piece) if i % 3 == 0 else piece for i, piece in enumerate(pieces) if i % 3 < 2)
+
+
+def mathml(text):
+    "LaTeX between dollars as MathML, which browsers show without a script."
+    def math(match):
+        block, inline = match.groups()
+        return f"\n\n{convert(block.strip(), display='block')}\n\n" if block else convert(inline)
+
+    return MATH.sub(math, text)
+
+
+def output_markdown(output, picture):
+    "One output of a cell as Markdown; `picture(extension, bytes)` stores an image and returns its link."
+    if output.output_type == "stream":
+        return f"```text\n{output.text.rstrip()}\n```" if output.name == "stdout" else ""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f"![]({picture('png', base64.b64decode(data['image/png']))})"
+    if "image/svg+xml" in data:
+        return f"![]({picture('svg', data['image/svg+xml'].encode())})"
+    if "text/markdown" in data:
+        return data["text/markdown"]
+    if "text/html" in data:
+        return re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.S)
+    return f"```text\n{data['text/plain'].rstrip()}\n```" if "text/plain" in data else ""
+
+
+def notebook_markdown(path, picture):
+    "A notebook as Markdown: every cell that is not marked `hide`, directives dropped, outputs below their cells."
+    parts = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        source = DIRECTIVE.sub("", cell.source).strip("\n")
+        if "hide" in DIRECTIVE.findall(cell.source) or not source.strip():
+            continue
+        if cell.cell_type == "markdown":
+            parts.append(source)
+        elif cell.cell_type == "code":
+            parts.append(f"```python\n{source}\n```")
+            parts += [output_markdown(output, picture) for output in cell.outputs]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def relink(text, link):
+    "`text` with each relative link to a notebook passed through `link`."
+    return outside_code(text, lambda piece: re.sub(r"(?<=\]\()(?!\w+:)([^)#\s]+\.ipynb)", lambda m: link(m[1]), piece))
+
+
+def readme():
+    "README.md's text, from nbs/index.ipynb."
+    def picture(extension, content):
+        raise ValueError("nbs/index.ipynb holds a picture as an output; README.md can only show pictures that are files")
+
+    note = "<!-- made from nbs/index.ipynb by `make readme` -->\n\n"
+    text = relink(notebook_markdown(NOTEBOOKS / "index.ipynb", picture), lambda target: f"nbs/{target}")
+    return note + outside_code(text, lambda piece: re.sub(r"(?<=\]\()\.\./", "", piece))
+
+
+def notebook_page(path, pages):
+    "The page of one notebook in `pages`, its pictures beside it."
+    page = (pages / path.relative_to(NOTEBOOKS)).with_suffix(".md")
+    page.parent.mkdir(parents=True, exist_ok=True)
+
+    def picture(extension, content):
+        name = f"{page.stem}_{len(list(page.parent.glob(page.stem + '_*')))}.{extension}"
+        (page.parent / name).write_bytes(content)
+        return name
+
+    text = relink(notebook_markdown(path, picture), lambda target: target.removesuffix("ipynb") + "md")
+    page.write_text(outside_code(text, lambda piece: in_repository(mathml(piece))), encoding="utf-8")
+
+
+def in_repository(text):
+    "Links to files that lie outside nbs/ as plain code: the site does not carry them."
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+([^)]+)\)", r"\1 (`\2`)", text)
+
+
+def reference_page(module, names, pages):
+    "The reference page of a module: signature, docments and docstring of each public name."
+    def public(name):
+        value = module
+        for part in name.split("."):
+            if part.startswith("_"):
+                return None
+            value = getattr(value, part)
+        return value if value.__doc__ and callable(value) else None
+
+    parts = [f"# {module.__name__}"]
+    for name in names:
+        if value := public(name):
+            entry = show_doc(value, title_level=2)._repr_markdown_()
+            parts.append(re.sub(r"\A---\s+(\[source\].*\n)?", "", entry).strip())
+    page = pages / "reference" / f"{module.__name__.partition('.')[2]}.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(mathml("\n\n".join(parts) + "\n"), encoding="utf-8")
+
+
+def published_page(folder, pages):
+    "The page of a published scale: its tables, then its figures."
+    target = pages / "published"
+    target.mkdir(parents=True, exist_ok=True)
+    parts = [f"# Published results: {folder.name}"]
+    for table in sorted(folder.glob("tables/*.md")):
+        parts.append(re.sub(r"^#", "##", table.read_text(encoding="utf-8"), flags=re.M).strip())
+    for figure in sorted(folder.glob("figures/*.png")):
+        shutil.copy(figure, target / f"{folder.name}_{figure.name}")
+        parts.append(f"## {figure.stem.replace('_', ' ').capitalize()}\n\n![]({folder.name}_{figure.name})")
+    (target / f"{folder.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write_pages(pages):
+    "All pages of the site, as Markdown."
+    shutil.rmtree(pages, ignore_errors=True)
+    for path in sorted(NOTEBOOKS.rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            notebook_page(path, pages)
+    for module, symbols in import_module("heed_nb._modidx").d["syms"].items():
+        reference_page(import_module(module), [name.removeprefix(f"{module}.") for name in symbols], pages)
+    for folder in sorted((ROOT / "outputs" / "published").glob("*/tables")):
+        published_page(folder.parent, pages)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", action="store_true", help="write README.md and no site")
+    parser.add_argument("--site", type=Path, default=ROOT / "site", help="where the site goes")
+    arguments = parser.parse_args()
+    if arguments.readme:
+        (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+        return
+    pages = ROOT / "_proc"
+    write_pages(pages)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(arguments.site.resolve()), strict=True)
+    build(config)
+    print(f"{arguments.site / 'index.html'}: {len(list(arguments.site.rglob('*.html')))} pages")
+
+
+if __name__ == "__main__":
+    os.environ["NO_MKDOCS_2_WARNING"] = "true"
+    sys.exit(main())

@@ -1,0 +1,29 @@
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # nothing here needs a network
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The repository's folder."
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def copy_of_repository(root):
+    "A function that copies what git tracks, or would track, into a folder and returns it."
+    def copy(folder):
+        listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=root, check=True, capture_output=True)
+        for name in listed.stdout.decode().split("\0"):
+            if (root / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(root / name, folder / name)
+        return folder
+
+    return copy
