@@ -20,9 +20,8 @@ all: .venv/ok ## every table and figure: all seeds and budgets of the scale
 teachers: .venv/ok ## train the toy teacher again (resumes)
 	$(BATCH) teachers
 
-publish: ## copy tables, figures and run records of outputs/SCALE to outputs/published/SCALE
-	mkdir -p outputs/published/$(SCALE)
-	cd outputs/$(SCALE) && tar cf - $$(ls -d tables figures claims.md runs/*/distill.json runs/*/evaluate.json 2>/dev/null) | tar xf - -C ../published/$(SCALE)
+publish: .venv/ok ## copy tables, figures and run records of outputs/SCALE to outputs/published/SCALE
+	$(BIN)/python -c 'import sys; sys.tracebacklimit = 0; from heed_nb.results import publish; print(publish(sys.argv[1]))' $(SCALE)
 
 test: .venv/ok ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -39,8 +38,8 @@ clean: ## remove builds and what runs at SCALE wrote; published results and teac
 # One install at a time; an interrupted one is taken up again.
 .venv/ok: settings.ini pyproject.toml setup.py
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heed_nb needs Python 3.11 or later; this is %s. Name one: make PY=/path/to/python3.11" % sys.version.split()[0])'
-	@mkdir -p .venv
-	$(if $(shell command -v flock),flock -n -E 75 .venv/lock) sh -ec '\
+	@mkdir -p .venv; echo "installing into .venv"
+	@$(if $(shell command -v flock),flock -n -E 75 .venv/lock) sh -ec '\
 	  $(PY) -m venv .venv; \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,eval]"; \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps lmms-eval==0.7.3; \

@@ -21,7 +21,7 @@ from nbdev.showdoc import show_doc
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
-DIRECTIVE = re.compile(r"^#\| *(\w+).*\n?", re.M)
+DIRECTIVE = re.compile(r"^#\| *(.*?) *\n?$\n?", re.M)
 CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|`+[^`\n]+`+)", re.M | re.S)
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])", re.S)
 
@@ -58,16 +58,18 @@ def output_markdown(output, picture):
 
 
 def notebook_markdown(path, picture):
-    "A notebook as Markdown: every cell that is not marked `hide`, directives dropped, outputs below their cells."
+    "A notebook as Markdown: outputs below their cells; directives are dropped, `hide` and `echo: false` obeyed."
     parts = []
     for cell in nbformat.read(path, as_version=4).cells:
+        directives = DIRECTIVE.findall(cell.source)
         source = DIRECTIVE.sub("", cell.source).strip("\n")
-        if "hide" in DIRECTIVE.findall(cell.source) or not source.strip():
+        if "hide" in directives or not source.strip():
             continue
         if cell.cell_type == "markdown":
             parts.append(source)
         elif cell.cell_type == "code":
-            parts.append(f"```python\n{source}\n```")
+            if "echo: false" not in directives:
+                parts.append(f"```python\n{source}\n```")
             parts += [output_markdown(output, picture) for output in cell.outputs]
     return "\n\n".join(part for part in parts if part) + "\n"
 
