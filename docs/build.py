@@ -36,7 +36,10 @@ def mathml(text):
     "LaTeX between dollars as MathML, which browsers show without a script."
     def math(match):
         block, inline = match.groups()
-        return f"\n\n{convert(block.strip(), display='block')}\n\n" if block else convert(inline)
+        if inline:
+            return convert(inline)
+        numbered = re.sub(r"\\tag\{(.+?)\}", r"\\qquad (\1)", block.strip())
+        return f"\n\n{convert(numbered, display='block')}\n\n"
 
     return MATH.sub(math, text)
 
@@ -89,8 +92,18 @@ def readme():
     return note + outside_code(text, lambda piece: re.sub(r"(?<=\]\()\.\./", "", piece))
 
 
-def notebook_page(path, pages):
-    "The page of one notebook in `pages`, its pictures beside it."
+def linked(text, names, depth):
+    "`text` with each name of the library in backticks linked to its reference; `names` maps it to its module."
+    def link(match):
+        name = match[1]
+        return f"[`{name}`]({'../' * depth}reference/{names[name]}.md#{name.lower()})" if name in names else match[0]
+
+    blocks = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)
+    return "".join(b if i % 2 else re.sub(r"(?<![\[`])`(\w+)`(?![\]`])", link, b) for i, b in enumerate(blocks))
+
+
+def notebook_page(path, pages, names):
+    "The page of one notebook in `pages`, its pictures beside it; `names` are those that have a reference."
     page = (pages / path.relative_to(NOTEBOOKS)).with_suffix(".md")
     page.parent.mkdir(parents=True, exist_ok=True)
 
@@ -100,7 +113,8 @@ def notebook_page(path, pages):
         return name
 
     text = relink(notebook_markdown(path, picture), lambda target: target.removesuffix("ipynb") + "md")
-    page.write_text(outside_code(text, lambda piece: in_repository(mathml(piece))), encoding="utf-8")
+    text = outside_code(text, lambda piece: in_repository(mathml(piece)))
+    page.write_text(linked(text, names, len(page.relative_to(pages).parts) - 1), encoding="utf-8")
 
 
 def in_repository(text):
@@ -109,7 +123,7 @@ def in_repository(text):
 
 
 def reference_page(module, names, pages):
-    "The reference page of a module: signature, docments and docstring of each public name."
+    "The reference page of a module: signature, docments and docstring of each public name. Returns these names."
     def public(name):
         value = module
         for part in name.split("."):
@@ -118,14 +132,15 @@ def reference_page(module, names, pages):
             value = getattr(value, part)
         return value if value.__doc__ and callable(value) else None
 
+    documented = {name: value for name in names if (value := public(name))}
     parts = [f"# {module.__name__}"]
-    for name in names:
-        if value := public(name):
-            entry = show_doc(value, title_level=2)._repr_markdown_()
-            parts.append(re.sub(r"\A---\s+(\[source\].*\n)?", "", entry).strip())
+    for value in documented.values():
+        entry = show_doc(value, title_level=2)._repr_markdown_()
+        parts.append(re.sub(r"\A---\s+(\[source\].*\n)?", "", entry).strip())
     page = pages / "reference" / f"{module.__name__.partition('.')[2]}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(mathml("\n\n".join(parts) + "\n"), encoding="utf-8")
+    return documented.keys()
 
 
 def published_page(folder, pages):
@@ -144,11 +159,14 @@ def published_page(folder, pages):
 def write_pages(pages):
     "All pages of the site, as Markdown."
     shutil.rmtree(pages, ignore_errors=True)
+    names = {}
+    for module, symbols in import_module("heed_nb._modidx").d["syms"].items():
+        own = [name.removeprefix(f"{module}.") for name in symbols]
+        for name in reference_page(import_module(module), own, pages):
+            names[name] = module.partition(".")[2]
     for path in sorted(NOTEBOOKS.rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
-            notebook_page(path, pages)
-    for module, symbols in import_module("heed_nb._modidx").d["syms"].items():
-        reference_page(import_module(module), [name.removeprefix(f"{module}.") for name in symbols], pages)
+            notebook_page(path, pages, names)
     for folder in sorted((ROOT / "outputs" / "published").glob("*/tables")):
         published_page(folder.parent, pages)
 
