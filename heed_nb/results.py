@@ -6,8 +6,9 @@
 __all__ = ['PAPER', 'AVERAGES', 'ROWS', 'TITLES', 'LADDER', 'CONTRASTS', 'MEASURES', 'COLOURS', 'MARKS', 'PUBLISHED',
            'write_file', 'code_version', 'provenance', 'write_run', 'read_run', 'run_name', 'parse_run_name',
            'read_runs', 'paper_table', 'scores', 'at_budget', 'means', 'contrast', 'verdict', 'sentence', 'table_1',
-           'score_markdown', 'contrast_markdown', 'findings', 'missing_runs', 'footnote', 'budget_contrasts',
-           'budget_sentence', 'png', 'budget_figure', 'ladder_figure', 'run_note', 'root', 'save_table', 'publish']
+           'markdown_table', 'score_markdown', 'contrast_markdown', 'findings', 'missing_runs', 'footnote',
+           'budget_contrasts', 'budget_sentence', 'png', 'budget_figure', 'ladder_figure', 'run_note', 'root',
+           'save_table', 'publish']
 
 # %% ../nbs/60_results.ipynb #c003
 import json, os, platform, re, shutil, subprocess, sys, time
@@ -212,6 +213,9 @@ def contrast(
     return dict(a=a, b=b, row=row, mean=delta.mean() if n else None, se=delta.std()/n**0.5 if n > 1 else None, n=n, ahead=int((delta > 0).sum()), noise=noise)
 
 # %% ../nbs/60_results.ipynb #c037
+_ON = {key: benchmark.title for key, benchmark in BENCHMARKS.items()} | dict(
+    fine_grained='the fine-grained average', reasoning='the reasoning average', average='the 10-benchmark average')
+
 def verdict(
     contrast: dict,  # of `contrast`
 ) -> str:
@@ -228,7 +232,7 @@ def sentence(
 ) -> str:
     "What came out, in plain words."
     a, b, n = contrast['a'], contrast['b'], contrast['n']
-    on = {'fine_grained': 'the fine-grained average', 'reasoning': 'the reasoning average', 'average': 'the 10-benchmark average'}.get(contrast['row'], TITLES.get(contrast['row']))
+    on = _ON[contrast['row']]
     if not n: return f'{a} against {b} on {on}: no seed has both.'
     if n == 1:
         which = {'ahead': 'is ahead of', 'behind': 'is behind', 'level': 'is level with'}[verdict(contrast)]
@@ -266,13 +270,22 @@ def table_1(
     return cells.reindex(columns=['row', 'column', 'mean', 'sd', 'se', 'n', 'paper', 'runs']).round(dict(mean=4, sd=4, se=4, paper=2)).reset_index(drop=True)
 
 # %% ../nbs/60_results.ipynb #c044
+def _label(condition):
+    return f'{condition} {CONDITIONS[condition].title}' if condition in LADDER else condition
+
 def _number(mean, spread, row, sign=''):
     digits = 1 if row in BENCHMARKS else 2  # as the paper prints them
     return f'{mean:{sign}.{digits}f}' + (f' ± {spread:.{digits}f}' if spread == spread else '')
 
-def _markdown(header, rows):
-    lines = [header, ['---'] + ['---:']*(len(header) - 1), *rows]
-    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+def markdown_table(
+    header: list[str],
+    rows: list[list[str]],
+) -> str:
+    "A Markdown table, first column to the left, the others to the right, padded so that it reads as plain text too."
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    rule = ['-'*max(w, 3) if i == 0 else '-'*max(w - 1, 2) + ':' for i, w in enumerate(widths)]
+    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in (header, rule, *rows)]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 def score_markdown(
     cells: pd.DataFrame,                 # of `table_1`
@@ -280,7 +293,7 @@ def score_markdown(
 ) -> str:
     "Table 1's scores in Markdown: each condition's mean ± sd over seeds, and in italics the paper's."
     at = cells.set_index(['row', 'column'])
-    header = [''] + [text for c in conditions for text in (f'{c} {CONDITIONS[c].title}', *(['*paper*'] if c in LADDER else []))]
+    header = [''] + [text for c in conditions for text in ((_label(c), '*paper*') if c in LADDER else (c,))]
     rows = []
     for row in (*ROWS, 'delta'):
         bold = '**' if row in AVERAGES else ''
@@ -292,7 +305,7 @@ def score_markdown(
                 paper = paper_table(1, printed=True).loc[row, c]
                 line.append(f'*{paper}*' if paper else '')
         rows.append(line)
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 def contrast_markdown(
     cells: pd.DataFrame,   # of `table_1`
@@ -308,7 +321,7 @@ def contrast_markdown(
             for row, cell in zip(MEASURES, found):
                 line += ['', ''] if cell is None else [f'{_number(cell["mean"], cell.se, row, "+")} (n={int(cell.n)})', f'*{cell.paper:+.2f}*' if cell.paper == cell.paper else '']
             rows.append(line)
-    return _markdown(header, rows) if rows else ''
+    return markdown_table(header, rows) if rows else ''
 
 # %% ../nbs/60_results.ipynb #c049
 def findings(
@@ -366,26 +379,28 @@ def budget_contrasts(
     scores: pd.DataFrame,  # of `scores`
     a: str = 'C4',
     b: str = 'C3',
-) -> pd.DataFrame:         # token_budget, row, mean, se, n, ahead, noise, verdict
+) -> pd.DataFrame:         # token_budget, a, b, row, mean, se, n, ahead, noise, verdict
     "a - b at each token budget, on the fine-grained, the reasoning and the 10-benchmark average."
     lines = [dict(token_budget=int(budget), **c, verdict=verdict(c)) for budget in sorted(scores.token_budget.dropna().unique())
              for c in (contrast(at_budget(scores, budget), a, b, row) for row in AVERAGES)]
-    return pd.DataFrame(lines, columns=['token_budget', 'row', 'mean', 'se', 'n', 'ahead', 'noise', 'verdict']).round(4)
+    return pd.DataFrame(lines, columns=['token_budget', 'a', 'b', 'row', 'mean', 'se', 'n', 'ahead', 'noise', 'verdict']).round(4)
 
 def budget_sentence(
-    contrasts: pd.DataFrame,   # of `budget_contrasts` with C4 and C3
+    contrasts: pd.DataFrame,   # of `budget_contrasts`
     row: str = 'fine_grained',
+    *,
+    a: str = 'C4',
+    b: str = 'C3',
 ) -> str:
-    "Over which budgets C4 beats C3, in plain words."
+    "Over which budgets a beats b, in plain words."
     lines = contrasts[(contrasts.row == row) & (contrasts.n > 0)]
-    if not len(lines): return 'No budget has a seed of both C4 and C3.'
+    if not len(lines): return f'No budget has a seed of both {a} and {b}.'
     groups = {v: ', '.join(f'{budget:,}' for budget in lines[lines.verdict == v].token_budget) for v in lines.verdict.unique()}
-    says = dict(beats='C4 beats C3 at {}', ahead='C4 is ahead of C3 with one seed at {}', level='C4 and C3 are level with one seed at {}',
-                behind='C4 is behind C3 with one seed at {}', trails='C3 beats C4 at {}')
-    says['no clear difference'] = 'no clear difference at {}'
+    says = {'beats': f'{a} beats {b} at', 'ahead': f'{a} is ahead of {b} with one seed at', 'level': f'{a} and {b} are level with one seed at',
+            'behind': f'{a} is behind {b} with one seed at', 'trails': f'{b} beats {a} at', 'no clear difference': 'no clear difference at'}
     one = 'Only one token budget was run. ' if len(lines) == 1 else ''
-    text = '; '.join(phrase.format(groups[v]) for v, phrase in says.items() if v in groups)
-    return f'{one}On the {row.replace("_", "-")} average, {text} tokens.'
+    text = '; '.join(f'{phrase} {groups[v]}' for v, phrase in says.items() if v in groups)
+    return f'{one}On {_ON[row]}, {text} tokens.'
 
 # %% ../nbs/60_results.ipynb #c061
 from io import BytesIO
@@ -409,9 +424,6 @@ def _plain_axes(axes):
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis='y', color='#e6e6e6', linewidth=0.8)
     axes.set_axisbelow(True)
-
-def _label(condition):
-    return f'{condition} {CONDITIONS[condition].title}'
 
 def budget_figure(
     scores: pd.DataFrame,   # of `scores`
