@@ -17,7 +17,7 @@ import nbformat
 from latex2mathml.converter import convert
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
-from nbdev.showdoc import show_doc
+from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "nbs"
@@ -122,6 +122,15 @@ def in_repository(text):
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+([^)]+)\)", r"\1 (`\2`)", text)
 
 
+def reference_entry(value):
+    "Signature, docments and docstring of a function, class or method."
+    try:
+        entry = show_doc(value, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
+    except NameError:  # a signature that another library wrote, with annotations it does not define
+        entry = f"## {value.__qualname__}\n\n*{value.__doc__}*"
+    return re.sub(r"\A---\s+(\[source\].*\n)?", "", entry).strip()
+
+
 def reference_page(module, names, pages):
     "The reference page of a module: signature, docments and docstring of each public name. Returns these names."
     def public(name):
@@ -135,8 +144,7 @@ def reference_page(module, names, pages):
     documented = {name: value for name in names if (value := public(name))}
     parts = [f"# {module.__name__}"]
     for value in documented.values():
-        entry = show_doc(value, title_level=2)._repr_markdown_()
-        parts.append(re.sub(r"\A---\s+(\[source\].*\n)?", "", entry).strip())
+        parts.append(reference_entry(value))
     page = pages / "reference" / f"{module.__name__.partition('.')[2]}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(mathml("\n\n".join(parts) + "\n"), encoding="utf-8")

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -106,9 +107,16 @@ def modules():
     return numbers
 
 
+def source(path):
+    "The code of a Python file or of a notebook."
+    if path.suffix == ".py":
+        return path.read_text(encoding="utf-8")
+    return "\n".join(re.sub(r"^[%!].*", "", c.source, flags=re.M) for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+
+
 def imports(path):
     "Every module that a file imports, anywhere in it; the package's own as heed_nb.NAME."
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -128,6 +136,18 @@ def test_imports_run_down_the_numbers(name):
         assert not any(module.split(".")[0] == "transformers" for module in used)
     if name == "evaluate":
         assert "trainer" not in ours
+
+
+def test_imports_are_declared():
+    names, distributions = settings(), metadata.packages_distributions()
+    declared = {extra: {canonicalize_name(r.name) for r in requirements} for extra, requirements in names.items()}
+    own = {"heed_nb", "lmms_eval", "build", *(p.stem for p in ROOT.glob("tests/*.py"))}  # lmms-eval: see settings.ini
+    everything = [*(ROOT / "heed_nb").rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "docs").glob("*.py"), *NOTEBOOKS]
+    for path in everything:
+        extras = ("", "eval") if "heed_nb" in path.relative_to(ROOT).parts else ("", "eval", "dev")
+        allowed = set().union(*(declared[extra] for extra in extras))
+        for module in {name.split(".")[0] for name in imports(path)} - own - set(sys.stdlib_module_names):
+            assert allowed & {canonicalize_name(name) for name in distributions[module]}, f"{path.name} imports {module}"
 
 
 def test_no_module_is_called_utils():
