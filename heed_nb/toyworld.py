@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import random
+import time
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -395,7 +396,7 @@ def _answer_loss(model, batch):
 def train_teacher(
     out: str | Path,
     *,
-    read_steps: int = 1200,
+    read_steps: int = 1000,
     answer_steps: int = 3000,
     batch_size: int = 32,
     lr: float = 1e-3,              # peak of each phase's cosine, after 5 % warm-up
@@ -403,7 +404,7 @@ def train_teacher(
     checkpoint_every: int = 100,   # steps
     device: str = "cpu",
     config: dict | None = None,    # fields of teacher_config
-) -> dict:                         # what was measured: losses, accuracies, seconds
+) -> dict:                         # parameters, train_seconds, history: [phase, step, loss, share right]
     "Trains the toy teacher into `out` (bf16 weights, tokenizer, processor); resumes from its checkpoint."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -413,7 +414,7 @@ def train_teacher(
     heads = torch.nn.Linear(model.config.text_config.hidden_size, 8 * (1 + len(GLYPHS)) + 4 * (1 + len(FILLS))).to(device)
     parameters = dict(model.named_parameters()) | {f"heads.{n}": p for n, p in heads.named_parameters()}
     tower = {n for n in parameters if n.startswith(("model.visual", "heads"))}
-    checkpoint, history, start = out / "checkpoint.safetensors", [], {"read": 0, "answer": 0}
+    checkpoint, history, spent, began = out / "checkpoint.safetensors", [], 0., time.perf_counter()
     for phase, steps in (("read", read_steps), ("answer", answer_steps)):
         for name, p in parameters.items(): p.requires_grad_((name in tower) == (phase == "read"))
         trained = {n: p for n, p in parameters.items() if p.requires_grad}
@@ -421,12 +422,12 @@ def train_teacher(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min((i + 1) / (.05 * steps), .5 + .5 * math.cos(math.pi * i / steps)))
         first = 0
         if checkpoint.exists():
-            with safe_open(checkpoint, "pt") as f: meta = json.loads(f.metadata()["state"])
-            if (meta["phase"], phase) == ("answer", "read"): continue
+            with safe_open(checkpoint, "pt") as f: saved = json.loads(f.metadata()["state"])
+            if (saved["phase"], phase) == ("answer", "read"): continue
             tensors = load_file(checkpoint, device)
             for name, p in parameters.items(): p.data.copy_(tensors[name])
-            if meta["phase"] == phase:
-                first, history = meta["step"], meta["history"]
+            if saved["phase"] == phase:
+                first, history, spent, began = saved["step"], saved["history"], saved["seconds"], time.perf_counter()
                 state = {i: {k: tensors[f"{k}/{n}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i, n in enumerate(trained) if f"step/{n}" in tensors}
                 optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
                 for _ in range(first): schedule.step()
@@ -449,9 +450,9 @@ def train_teacher(
                 state = {f"{k}/{n}": v for n, p in trained.items() for k, v in optimiser.state[p].items()}
                 temporary = checkpoint.with_suffix(".partial")
                 save_file({**{n: p.data for n, p in parameters.items() if n != "lm_head.weight"}, **state}, temporary,
-                          {"state": json.dumps(dict(phase=phase, step=step, history=history))})
+                          {"state": json.dumps(dict(phase=phase, step=step, history=history, seconds=spent + time.perf_counter() - began))})
                 temporary.replace(checkpoint)
     for p in parameters.values(): p.requires_grad_(True)
     model.to(torch.bfloat16).save_pretrained(out)
     process.save_pretrained(out)
-    return dict(parameters=sum(p.numel() for p in model.parameters()), history=history)
+    return dict(parameters=sum(p.numel() for p in model.parameters()), train_seconds=round(spent + time.perf_counter() - began), history=history)
