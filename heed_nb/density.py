@@ -37,7 +37,7 @@ def patch_density(
     if min(h, w) <= radius:
         raise ValueError(f"a grid of {h}x{w} patches has a side of the radius ({radius}) or less; each side must be {radius + 1} or more")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    largest = torch.linalg.vector_norm(features, ord=torch.inf, dim=-1, keepdim=True)
+    largest = features.abs().amax(-1, keepdim=True)
     if not largest.isfinite().all(): raise ValueError("features hold NaN or infinity")
     if not largest.all(): raise ValueError("features hold a patch of zeros, which has no direction")
     unit = features / largest
@@ -50,7 +50,7 @@ def patch_density(
             right, left = max(x, 0), max(-x, 0)
             top = unit[..., radius - y : radius + h, radius - right : radius + w + left, :]
             bottom = unit[..., radius : radius + h + y, radius - right + x : radius + w + left + x, :]
-            distance = (top - bottom).square().sum(-1)                              # [..., h + y, w + |x|]
+            distance = torch.linalg.vector_norm(top - bottom, dim=-1).square()      # [..., h + y, w + |x|]
             total += distance[..., y:, right : right + w] + distance[..., :h, left : left + w]
     density = total / (2 * (2 * radius + 1) ** 2)
     rounding = (8 * torch.finfo(density.dtype).eps) ** 2
