@@ -1,0 +1,302 @@
+"lmms-eval in process: metrics against its own, oracles with known scores, both suites, crashes and bad input."
+import ast
+import json
+import random
+import sys
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration
+
+from heed_nb import evaluate as module
+from heed_nb import toyworld
+from heed_nb.conditions import BENCHMARKS
+from heed_nb.evaluate import anls, choice, evaluate, relaxed_accuracy, task_files, write_lines
+from heed_nb.hybrid import to_hybrid
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    "Folders of a random teacher whose answers differ from page to page, and of its hybrid."
+    folder, processor = tmp_path_factory.mktemp("models"), toyworld.processor()
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    teacher = Qwen3VLForConditionalGeneration(toyworld.teacher_config(processor.tokenizer)).eval()
+    for parameter in teacher.parameters():
+        if parameter.ndim > 1: torch.nn.init.normal_(parameter, std=0.1)
+    torch.random.set_rng_state(state)
+    for name, model in dict(teacher=teacher, student=to_hybrid(teacher)).items():
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    "A function that puts a model in place whose answer is a function of task and row."
+    import heed_nb.lmms_model as lmms_model
+
+    def put(answer):
+        class Oracle(lmms_model.HeedVLM):
+            def __init__(self, *args): lmms_model.lmms.__init__(self)
+
+            def generate_until(self, requests):
+                return [answer(task, self.task_dict[task][split][i], i) for *_, i, task, split in (r.args for r in requests)]
+
+        monkeypatch.setattr(lmms_model, "HeedVLM", Oracle)
+
+    return put
+
+
+def lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Metrics
+
+
+def test_anls_is_the_harness_own():
+    from lmms_eval.api.metrics import anls as theirs
+    r = random.Random(0)
+    for _ in range(300):
+        word = "".join(r.choices("abcd", k=r.randint(1, 8)))
+        answers = ["".join(r.choices("abcd", k=r.randint(1, 8))).title() for _ in range(2)]
+        assert anls(word, answers) == pytest.approx(theirs(references=answers, predictions=[word])["anls"])
+
+
+def test_relaxed_accuracy_is_the_harness_own():
+    from lmms_eval.tasks.chartqa.utils import relaxed_correctness
+    r = random.Random(0)
+    for _ in range(300):
+        answer = r.choice(["red", "12%", str(r.randint(0, 40)), str(r.randint(-400, 400) / 10)])
+        response = r.choice([answer, answer.upper(), "blue", str(r.randint(0, 40)), f"{r.uniform(0, 40):.1f}", "0.12"])
+        assert relaxed_accuracy(response, [answer]) == relaxed_correctness(response, answer)
+
+
+def test_choice_is_the_harness_own():
+    from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+    for letter in "ABCD":
+        for form in ("{}", "({})", "{}.", "{}:", "{}. red", "({}) red", "{}: 12"):
+            assert choice(form.format(letter)) == extract_mcq_answer(form.format(letter), list("ABCD")) == letter
+    for response in ("", "red", "12"):
+        assert choice(response) == extract_mcq_answer(response, list("ABCD")) == ""
+
+
+# The toy suite
+
+
+def test_an_oracle_scores_100_and_half_an_oracle_50(models, oracle, tmp_path):
+    oracle(lambda task, row, i: row["answers"][0])
+    numbers = evaluate(models / "teacher", questions=4, seed=3, out=tmp_path)
+    assert numbers["scores"] == dict.fromkeys(BENCHMARKS, 100) and numbers["n"] == dict.fromkeys(BENCHMARKS, 4)
+    asked = [q for key in BENCHMARKS for q in toyworld.benchmark(key, 4, 3)]
+    assert lines(tmp_path / "answers.jsonl") == [
+        {"key": q.key, "benchmark": q.key.rsplit("-", 1)[0], "question": q.question, "answers": list(q.answers),
+         "response": q.answers[0], "score": 1.0} for q in asked]
+    oracle(lambda task, row, i: row["answers"][0] if i % 2 else "?")
+    assert evaluate(models / "teacher", questions=4)["scores"] == dict.fromkeys(BENCHMARKS, 50)
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_batch_size_changes_no_answer(models, tmp_path, name):
+    keys = ["docvqa", "mmmu_pro"]
+    for size in (1, 32):
+        numbers = evaluate(models / name, benchmarks=keys, questions=6, batch_size=size, out=tmp_path / str(size))
+        assert numbers["n"] == dict.fromkeys(keys, 6)
+    one, many = (lines(tmp_path / size / "answers.jsonl") for size in ("1", "32"))
+    assert one == many
+    assert len({line["response"] for line in one}) > 3  # they look at the page
+
+
+def test_the_command_line_gives_the_same_scores(models, monkeypatch, tmp_path):
+    from lmms_eval import __main__ as command
+    from lmms_eval.cli.dispatch import main
+    keys = ["docvqa", "textvqa"]
+    monkeypatch.setattr(command, "TaskManager", partial(command.TaskManager, include_defaults=False))  # reading all 2000 stock tasks takes long
+    monkeypatch.setattr(sys, "argv", [
+        "lmms_eval", "--model", "heed_vlm", "--model_args", f"pretrained={models / 'student'},dtype=float32", "--device", "cpu",
+        "--tasks", ",".join(f"toy_{key}" for key in keys), "--include_path", str(task_files("toy", keys)[0].parent),
+        "--batch_size", "4", "--limit", "4", "--output_path", str(tmp_path / "out"), "--log_samples"])
+    try:
+        main()
+    except SystemExit as exit:
+        assert not exit.code
+    (results,) = tmp_path.glob("out/*/*_results.json")
+    reported = json.loads(results.read_text())["results"]
+    numbers = evaluate(models / "student", benchmarks=keys, questions=4, out=tmp_path)
+    for key in keys:
+        assert 100 * reported[f"toy_{key}"][f"{BENCHMARKS[key].metric},none"] == pytest.approx(numbers["scores"][key])
+    said = {s["doc_id"]: s["filtered_resps"] for s in lines(next(tmp_path.glob("out/*/*_samples_toy_docvqa.jsonl")))}
+    assert [said[i].strip() for i in range(4)] == [line["response"].strip() for line in lines(tmp_path / "answers.jsonl")[:4]]
+
+
+# The paper's suite, on small copies of the datasets
+
+
+def mirror(folder, name, config, split, rows):
+    "A dataset's copy as a hub download leaves it."
+    from datasets import Dataset, Features, Image as ImageFeature, Value
+    page = Image.new("RGB", (32, 32), "white")
+    kinds = {str: Value("string"), int: Value("int64"), list: [Value("string")]}
+    features = Features({k: kinds[type(v)] for k, v in rows[0].items()} | {"image": ImageFeature()})
+    if config.startswith("standard"): features = Features({**{k: v for k, v in features.items() if k != "image"}, "image_1": ImageFeature()})
+    media = "image_1" if config.startswith("standard") else "image"
+    data = folder / name / config.split()[0]
+    data.mkdir(parents=True)
+    Dataset.from_list([row | {media: page} for row in rows], features=features).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    readme = folder / name / "README.md"
+    entry = f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {config.split()[0]}/{split}-*\n"
+    earlier = readme.read_text().removesuffix("---\n") if readme.exists() else "---\nconfigs:\n"
+    readme.write_text(earlier + entry + "---\n")
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    "Three or four rows of eight of the ten benchmarks."
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    from lmms_eval.api import task
+    task._resolve_hf_datasets_cache_dir.cache_clear()
+    folder = tmp_path / "mirror"
+    read = [{"questionId": str(i), "question": "Which word?", "answers": ["paris"]} for i in range(3)]
+    mirror(folder, "lmms-lab-encoder/DocVQA", "DocVQA", "validation", read)
+    mirror(folder, "lmms-lab-encoder/DocVQA", "InfographicVQA", "validation", read)
+    mirror(folder, "lmms-lab-encoder/ChartQA", "default", "test",
+           [{"question": "How many?", "answer": "100", "type": "human_test"} for _ in range(3)])
+    mirror(folder, "lmms-lab-encoder/textvqa", "default", "validation",
+           [{"question_id": i, "question": "which word?", "answers": ["paris"] * 10} for i in range(3)])
+    mirror(folder, "lmms-lab-encoder/ai2d", "default", "test",
+           [{"question": "Which?", "options": ["one", "two"], "answer": "1"} for _ in range(3)])
+    several = {"options": "['one', 'two', 'three']", "answer": "B", "subject": "Art"}
+    mirror(folder, "MMMU/MMMU_Pro", "standard (10 options)", "test",
+           [{"id": f"s{i}", "question": "<image 1> Which?"} | several for i in range(3)])
+    mirror(folder, "MMMU/MMMU_Pro", "vision", "test", [{"id": f"v{i}"} | several for i in range(3)])
+    mirror(folder, "Lin-Chen/MMStar", "default", "val",
+           [{"index": i, "question": "Which? Options: A: one, B: two", "answer": "B", "category": "math", "l2_category": "geometry"} for i in range(3)])
+    mirror(folder, "lmms-lab-encoder/MMBench", "en", "dev",
+           [{"index": i, "question": "Which?", "hint": "nan", "A": "one", "B": "two", "C": "nan", "D": "nan", "answer": "B", "category": "ocr",
+             "L2-category": "reading", "source": "toy", "split": "dev"} for i in range(3)])
+    yield folder
+    task._resolve_hf_datasets_cache_dir.cache_clear()
+
+
+READING, CHOOSING = ["docvqa", "chartqa", "textvqa", "infovqa"], ["ai2d", "mmmu_pro", "mmstar", "mmbench"]
+
+
+def test_the_real_tasks_score_from_0_to_100(models, oracle, copies, tmp_path):
+    right = {"heed_docvqa": ("Paris", "Parix", "Rome"), "heed_infovqa": ("paris", "parix", "Rome"), "heed_chartqa": ("100", "104", "106"),
+             "heed_textvqa": ("Paris", "paris.", "Rome")} | dict.fromkeys(
+                 ("heed_ai2d", "heed_mmmu_pro_standard", "heed_mmmu_pro_vision", "heed_mmstar", "heed_mmbench"), ("B", "B", "A"))
+    oracle(lambda task, row, i: right[task][i])
+    numbers = evaluate(models / "teacher", suite="paper", benchmarks=READING + CHOOSING, questions=None, mirror=copies, out=tmp_path)
+    wanted = dict(docvqa=60, infovqa=60) | dict.fromkeys(["chartqa", "textvqa"] + CHOOSING, 200 / 3)
+    assert numbers["scores"] == pytest.approx(wanted, abs=0.01)
+    assert numbers["n"] == dict.fromkeys(wanted, 3) | {"mmmu_pro": 6}
+    answers = lines(tmp_path / "answers.jsonl")
+    assert len(answers) == 27 and answers[0] == {
+        "key": "heed_docvqa-000000", "benchmark": "docvqa", "question": "Which word?\nAnswer the question using a single word or phrase.",
+        "answers": ["paris"], "response": "Paris", "score": 1.0}
+
+
+def test_a_model_answers_a_real_task(models, copies):
+    numbers = evaluate(models / "student", suite="paper", benchmarks=["chartqa", "ai2d"], questions=2, mirror=copies)
+    assert numbers["n"] == {"chartqa": 2, "ai2d": 2} and all(0 <= score <= 100 for score in numbers["scores"].values())
+
+
+def test_a_missing_dataset_is_named_with_how_to_get_it(models, copies):
+    with pytest.raises(ValueError, match=r"datasets are missing \(docvqa: lmms-lab-encoder/DocVQA; ai2d: lmms-lab-encoder/ai2d\); fetch each with `hf download") as error:
+        evaluate(models / "teacher", suite="paper", benchmarks=["docvqa", "ai2d"])
+    assert "\n" not in str(error.value)
+
+
+def test_no_judge_no_mathvista(models, monkeypatch):
+    for settings in ({}, {"API_TYPE": "dummy", "OPENAI_API_KEY": "x"}):
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        for name, value in settings.items(): monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="mathvista needs a judge"):
+            evaluate(models / "teacher", suite="paper")
+
+
+def test_the_pins_name_every_benchmark_once_and_a_stock_metric():
+    import yaml
+    for suite in module.SUITES:
+        named = [yaml.load(path.read_text().replace("!function ", ""), yaml.SafeLoader)["metadata"]["benchmark"]
+                 for path in task_files(suite, list(BENCHMARKS))]
+        assert list(dict.fromkeys(named)) == list(BENCHMARKS)
+    for path in task_files("paper", READING + CHOOSING):
+        config = module.real_config(path)
+        assert [m["metric"] for m in config["metric_list"]] == [config["metadata"]["score"].split(",")[0]], path
+        assert "token" not in config["dataset_kwargs"] and config["generation_kwargs"]["do_sample"] is False
+
+
+# Faults
+
+
+def test_a_crash_raises_and_leaves_earlier_answers(models, monkeypatch, tmp_path):
+    import heed_nb.lmms_model as lmms_model
+    (tmp_path / "answers.jsonl").write_text("earlier\n")
+    calls = []
+
+    def texts(self, chats, max_new_tokens):
+        calls.append(len(chats))
+        if len(calls) == 2: raise RuntimeError("out of memory")
+        return [""] * len(chats)
+
+    monkeypatch.setattr(lmms_model.HeedVLM, "texts", texts)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(models / "teacher", benchmarks=["docvqa"], questions=8, batch_size=4, out=tmp_path)
+    assert calls == [4, 4] and [p.name for p in tmp_path.iterdir()] == ["answers.jsonl"]
+    assert (tmp_path / "answers.jsonl").read_text() == "earlier\n"
+
+
+def test_a_full_disk_leaves_earlier_answers(monkeypatch, tmp_path):
+    write_lines(tmp_path / "answers.jsonl", [{"key": "a"}])
+    monkeypatch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_lines(tmp_path / "answers.jsonl", [{"key": "b"}])
+    assert lines(tmp_path / "answers.jsonl") == [{"key": "a"}] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(suite="tiny"), "unknown suite 'tiny'; one of toy, paper"),
+    (dict(benchmarks=["docvqa", "docvqaa"]), "unknown benchmark 'docvqaa'; some of ocrbench_v2, docvqa"),
+    (dict(benchmarks=[]), "no benchmarks given"),
+    (dict(questions=0), "questions must be at least 1, got 0"),
+    (dict(questions=None), "questions must be a number"),
+    (dict(batch_size=1.5), "batch_size must be at least 1, got 1.5"),
+    (dict(dtype="fp32"), "unknown dtype 'fp32'; one of float32, bfloat16, float16"),
+])
+def test_a_wrong_argument_is_named(models, tmp_path, wrong, says):
+    with pytest.raises(ValueError) as error: evaluate(models / "teacher", **{"out": tmp_path, **wrong})
+    assert says in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_broken_checkpoint_is_named(models, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    with pytest.raises(ValueError, match="no model folder"): evaluate(tmp_path / "none")
+    with pytest.raises(ValueError, match="has no config.json"): evaluate(tmp_path)
+    broken = shutil.copytree(models / "student", tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    tensors = load_file(models / "student" / weights.name)  # not of the file that is cut: it stays mapped
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.safetensors is damaged or truncated") as error: evaluate(broken)
+    assert "\n" not in str(error.value)
+    lost = sorted(tensors)[len(tensors) // 2]
+    save_file({k: v for k, v in tensors.items() if k != lost}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lack 1 tensors, {lost} the first"): evaluate(broken, benchmarks=["docvqa"], questions=1)
+    weights.unlink()
+    with pytest.raises(ValueError, match="has no model.safetensors"): evaluate(broken)
+
+
+def test_evaluation_does_not_know_the_trainer(root):
+    for name in ("evaluate", "lmms_model"):
+        tree = ast.parse((root / "heed_nb" / f"{name}.py").read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {f"{node.module}.{alias.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert imported and not [name for name in imported if "trainer" in name]
