@@ -156,8 +156,9 @@ def check_checkpoint(
     "Raises ValueError, in one line, if the folder holds no whole checkpoint: a missing or truncated file."
     folder = Path(folder)
     if not folder.is_dir(): raise ValueError(f"no model folder {folder}")
-    for name in ("config.json", "processor_config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file(): raise ValueError(f"{folder} is no model: it has no {name}")
+    if not list(folder.glob("*processor_config.json")): raise ValueError(f"{folder} is no model: it has no processor_config.json")
     index = folder / "model.safetensors.index.json"
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     for name in names:
