@@ -63,7 +63,8 @@ def test_notebooks_are_clean(tmp_path, copy_of_repository):
 def test_notebook_as_a_document(path):
     nb = nbformat.read(path, as_version=4)
     nbformat.validate(nb)
-    assert nb.cells[0].cell_type == "markdown" and re.match(r"# [^#]", nb.cells[0].source), "begins with its title"
+    first = next(c.source for c in nb.cells if c.cell_type == "markdown")
+    assert re.match(r"# [^#]", first), "begins with its title"
     errors = [o.evalue for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert not errors
     tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
@@ -196,5 +197,5 @@ def test_docs_build(tmp_path):
     run("docs/build.py", "--site", str(tmp_path / "site"), cwd=ROOT)
     for path in NOTEBOOKS:
         page = (tmp_path / "site" / path.relative_to(ROOT / "nbs")).with_suffix(".html")
-        title = nbformat.read(path, 4).cells[0].source.splitlines()[0].strip("# ")
+        title = next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown").splitlines()[0].strip("# ")
         assert re.sub(r"\W+", "", title) in re.sub(r"<[^>]+>|\W+", "", page.read_text(encoding="utf-8"))
