@@ -1,0 +1,521 @@
+"The mixer against a plain one, and the hybrid inside transformers: padding, caches, saving, the pair with its teacher."
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.testing import assert_close
+from transformers import (AutoModelForImageTextToText, DynamicCache, PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration)
+from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.models.qwen3_vl.modeling_qwen3_vl import repeat_kv
+
+from heed_nb.hybrid import (kept_layers, mixer_parameters, pair_with_teacher, teacher_path, to_hybrid,
+    transferred_parameters, unpair)
+from heed_nb.mixers import Mamba2Config, Mamba2Mixer, causal_conv, repeat_heads
+from heed_nb.ssd import ssd_reference
+from heed_nb.teachers import ImageOnlyQwen3VLProcessor
+
+torch.set_num_threads(1)
+IMAGE = 90
+
+def tiny_teacher(layers=4, seed=0, **text):
+    "A random Qwen3-VL of 32 channels whose pad token's embedding is not zero."
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    teacher = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+                         head_dim=8, initializer_range=0.15, **text,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True)),
+        vision_config=dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2,
+                           out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0]),
+        image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)).eval()
+    torch.random.set_rng_state(state)
+    return teacher
+
+def batch_of(samples, side="left"):
+    "A batch of (number of images, text length) pairs, each made from its own numbers alone."
+    rows, pixels = [], []
+    for images, length in samples:
+        generator = torch.Generator().manual_seed(100 * images + length)
+        rows.append([92, *[IMAGE] * 6, 93] * images + torch.randint(10, 80, (length,), generator=generator).tolist())
+        pixels += [torch.randn(24, 3 * 2 * 4 * 4, generator=generator) for _ in range(images)]
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), 7), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    batch = dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == IMAGE).long())
+    if pixels: batch |= dict(pixel_values=torch.cat(pixels), image_grid_thw=torch.tensor([[1, 4, 6]] * len(pixels)))
+    return batch
+
+SAMPLES = [(1, 5), (0, 9), (2, 3)]  # one image, text only, two images
+INITS = list(Mamba2Config.INITS)
+
+@pytest.fixture(scope="module")
+def teacher(): return tiny_teacher()
+
+def in_bfloat16(model):
+    "As from_pretrained makes it: parameters alone, rotary frequencies stay in float32."
+    for p in model.parameters(): p.data = p.data.to(torch.bfloat16)
+    return model
+
+def hybrid(teacher, **kwargs):
+    "A student whose mixers are off their start, so that every part of them matters."
+    student = to_hybrid(teacher, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in mixer_parameters(student).values(): p += (0.2 * torch.randn(p.shape, generator=generator)).to(p.dtype)
+    return student
+
+@pytest.fixture(scope="module", params=INITS)
+def student(request, teacher): return hybrid(teacher, init=request.param)
+
+@pytest.fixture(scope="module")
+def paper_student(teacher): return hybrid(teacher)
+
+# The mixer
+
+def text_config(heads=4, kv_heads=2, bias=False, **fields):
+    return SimpleNamespace(hidden_size=24, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=6, attention_bias=bias, rms_norm_eps=1e-6,
+                           mixer_config=fields)
+
+def mixer_of(init="paper", seed=0, scale=0.3, **kwargs):
+    fields = {k: kwargs.pop(k) for k in list(kwargs) if k in Mamba2Config.__dataclass_fields__}
+    mixer = Mamba2Mixer(text_config(**kwargs, **Mamba2Config.for_init(init, **fields).__dict__), 0)
+    generator = torch.Generator().manual_seed(seed)
+    mixer.init_new(init, generator)
+    with torch.no_grad():
+        for p in mixer.parameters(): p += scale * torch.randn(p.shape, generator=generator)
+    return mixer
+
+def plain_mixer(m, u):
+    "The mixer's equations for one sequence [T, hidden_size], position by position and head by head."
+    T, H, R, P, K = len(u), m.num_heads, m.num_heads // m.num_kv_heads, m.head_dim, m.config.conv_kernel
+    norm = lambda x, weight: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    q, k, v = (proj(u).view(T, -1, P) for proj in (m.q_proj, m.k_proj, m.v_proj))
+    if m.config.qk_norm: q, k = norm(q, m.q_norm.weight), norm(k, m.k_norm.weight)
+    channels = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1)
+    mixed = torch.stack([sum(m.conv_weight[:, K - 1 - j] * channels[t - j] for j in range(min(K, t + 1))) for t in range(T)])
+    if m.config.conv_activation == "silu": mixed = mixed * mixed.sigmoid()
+    q, k, v = (a.view(T, -1, P) for a in mixed.split([q[0].numel(), k[0].numel(), v[0].numel()], 1))
+    dt = torch.log1p((m.dt_proj(u) + m.dt_bias).exp())
+    gate = m.g_proj(u) * m.g_proj(u).sigmoid()
+    heads = []
+    for h in range(H):
+        y = ssd_reference(v[None, :, [h // R]], dt[None, :, [h]], -m.A_log[[h]].exp(), k[None, :, [h // R]], q[None, :, [h]], D=m.D[[h]])[0, :, 0]
+        g = gate[:, h * P:(h + 1) * P]
+        heads.append({"norm_then_gate": lambda: norm(y, m.norm.weight) * g, "gate_then_norm": lambda: norm(y * g, m.norm.weight), "none": lambda: y * g}[m.config.norm]())
+    return m.o_proj(torch.cat(heads, 1))
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 4), (6, 1)])
+def test_mixer_is_its_equations(init, heads, kv_heads):
+    mixer, u = mixer_of(init, heads=heads, kv_heads=kv_heads), torch.randn(2, 11, 24, generator=torch.Generator().manual_seed(3))
+    assert_close(mixer(u)[0], torch.stack([plain_mixer(mixer, row) for row in u]), atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize("fields", [dict(conv_kernel=1), dict(conv_kernel=2, norm="gate_then_norm"), dict(conv_activation="none", qk_norm=True), dict(gate_bias=True, norm="none")],
+                         ids=lambda fields: ",".join(fields))
+def test_mixer_fields(fields):
+    mixer, u = mixer_of(**fields), torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(3))
+    assert_close(mixer(u)[0], torch.stack([plain_mixer(mixer, row) for row in u]), atol=1e-4, rtol=1e-4)
+
+def linear_attention_mixer():
+    "A = 0, dt = 1, no convolution, activation or norm, gate 1: what is left is causal linear attention."
+    mixer = mixer_of("identity", scale=0, qk_norm=False)
+    with torch.no_grad(): mixer.A_log.fill_(float("-inf"))
+    return mixer
+
+def test_identity_is_causal_linear_attention_with_grouped_heads():
+    mixer, u = linear_attention_mixer(), torch.randn(2, 11, 24, generator=torch.Generator().manual_seed(3))
+    q, k, v = (proj(u).view(2, 11, -1, 6).transpose(1, 2) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    attend = lambda k, v: mixer.o_proj(((q @ k.mT).tril() @ v).transpose(1, 2).flatten(2))
+    assert_close(mixer(u)[0], attend(repeat_kv(k, 2), repeat_kv(v, 2)), atol=1e-4, rtol=1e-4)
+    tiled = attend(k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))                         # heads 0,1,0,1: a published bug
+    assert (mixer(u)[0] - tiled).abs().max() > 0.1
+
+def test_heads_are_repeated_and_not_rows_of_the_weight():
+    mixer, u = linear_attention_mixer(), torch.randn(1, 11, 24, generator=torch.Generator().manual_seed(3))
+    heads = mixer.k_proj(u).view(1, 11, 2, 6)
+    assert torch.equal(repeat_heads(heads, 2), heads[:, :, [0, 0, 1, 1]])
+    rows = F.linear(u, mixer.k_proj.weight.repeat_interleave(2, 0)).view(1, 11, 4, 6)   # another published bug: each row twice
+    assert (repeat_heads(heads, 2) - rows).abs().max() > 0.1
+
+def test_heads_are_repeated_after_the_convolution():
+    mixer = mixer_of()
+    assert mixer.conv_weight.shape == (4 * 6 + 2 * 6 + 2 * 6, 4)
+    mixer = mixer_of(heads=6, kv_heads=1, conv_kernel=3)
+    assert mixer.conv_weight.shape == (6 * 6 + 6 + 6, 3)
+
+def test_causal_conv():
+    x, w = torch.randn(2, 13, 5), torch.randn(5, 4)
+    plain = torch.stack([(x[:, t:t + 4] * w.T).sum(1) for t in range(10)], 1)
+    assert_close(causal_conv(x, w), plain, atol=1e-5, rtol=1e-5)
+
+def test_paper_start():
+    mixer = mixer_of(scale=0)
+    assert torch.equal(mixer.dt_bias, torch.zeros(4)) and torch.equal(mixer.D, torch.zeros(4)) and torch.equal(mixer.norm.weight, torch.ones(6))
+    big = Mamba2Mixer(SimpleNamespace(**{**vars(text_config()), "hidden_size": 4096}), 0)
+    big.init_new("paper", torch.Generator().manual_seed(0))
+    for p in (big.g_proj.weight, big.dt_proj.weight, big.conv_weight, big.A_log): assert 0 < p.abs().max() <= 0.04
+    assert_close(big.g_proj.weight.std().item(), 0.02 * 0.8796, atol=1e-4, rtol=0)      # a normal cut at two sigma
+
+def test_mamba_start():
+    mixer = mixer_of("mamba", scale=0)
+    assert (1 <= mixer.A_log.exp()).all() and (mixer.A_log.exp() <= 16).all() and torch.equal(mixer.D, torch.ones(4))
+    dt = F.softplus(mixer.dt_bias)
+    assert (dt >= 0.99e-3).all() and (dt <= 0.101).all()
+
+def states(mixer, u, mask=None):
+    cache = cache_for()
+    y = mixer(u, past_key_values=cache, linear_attention_mask=mask)[0]
+    return y, cache
+
+def cache_for(): return Cache(layers=[LinearAttentionLayer()])
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("left, right", [(3, 0), (0, 3), (2, 4), (0, 9), (9, 0)])
+def test_padding_leaves_mixer_and_cache_alone(init, left, right):
+    mixer = mixer_of(init, bias=True)
+    u = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(3))
+    junk = lambda n: torch.full((1, n, 24), 3.)
+    padded, mask = torch.cat([junk(left), u, junk(right)], 1), torch.tensor([[0] * left + [1] * 7 + [0] * right])
+    y, cache = states(mixer, u)
+    y_padded, cache_padded = states(mixer, padded, mask)
+    assert_close(y_padded[:, left:left + 7], y, atol=1e-5, rtol=1e-5)
+    assert_close(mixer(padded, linear_attention_mask=mask)[0][:, left:left + 7], y, atol=1e-5, rtol=1e-5)
+    assert_close(cache_padded.get_conv_state(0), cache.get_conv_state(0))
+    assert_close(cache_padded.get_recurrent_state(0), cache.get_recurrent_state(0), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kernel", [1, 2, 4])
+def test_mixer_continues_after_padding(init, kernel):
+    "A conversation in turns, each padded as its batch needs, on either side: as if there were no padding."
+    mixer = mixer_of(init, bias=True, conv_kernel=kernel)
+    u = torch.randn(1, 12, 24, generator=torch.Generator().manual_seed(3))
+    whole, whole_cache = states(mixer, u)
+    cache, pieces, start = cache_for(), [], 0
+    for left, real, right in [(2, 2, 3), (1, 1, 0), (0, 1, 0), (0, 0, 2), (3, 5, 1), (0, 0, 1), (0, 3, 2)]:
+        piece = torch.full((1, left + real + right, 24), 3.)
+        piece[:, left:left + real] = u[:, start:start + real]
+        mask = torch.tensor([[0] * left + [1] * real + [0] * right])
+        pieces.append(mixer(piece, past_key_values=cache, linear_attention_mask=None if mask.all() else mask)[0][:, left:left + real])
+        start += real
+    assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
+    assert_close(cache.get_conv_state(0), whole_cache.get_conv_state(0))
+    assert_close(cache.get_recurrent_state(0), whole_cache.get_recurrent_state(0), atol=1e-4, rtol=1e-4)
+
+def test_bad_mixer_fields():
+    with pytest.raises(ValueError, match="unknown init 'warm'; one of paper, mamba, identity"): Mamba2Config.for_init("warm")
+    with pytest.raises(ValueError, match="unknown mixer field 'conv'; one of conv_kernel, conv_activation"): Mamba2Config.for_init("paper", conv=4)
+    with pytest.raises(ValueError, match="conv_kernel is 0"): Mamba2Config(conv_kernel=0)
+    with pytest.raises(ValueError, match="norm is 'layer'; one of 'norm_then_gate'"): Mamba2Config(norm="layer")
+
+# The conversion
+
+def test_everything_but_the_mixers_is_the_teachers(teacher):
+    before = {name: p.clone() for name, p in teacher.state_dict().items()}
+    random_state = torch.random.get_rng_state()
+    student = to_hybrid(teacher)
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    mixers, transferred = mixer_parameters(student), transferred_parameters(student)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    assert all(torch.equal(before[name], p) for name, p in theirs.items()) and before.keys() == theirs.keys()
+    for name, p in ours.items():
+        if name not in mixers or name in transferred:
+            assert torch.equal(p, theirs[name]) and p.dtype == theirs[name].dtype and p.data_ptr() != theirs[name].data_ptr(), name
+    prefix = "model.language_model.layers."
+    assert sorted({name.split(".")[3] for name in mixers}) == ["0", "1", "2"]
+    assert transferred == [f"{prefix}{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkvo"]
+    new = {"A_log", "D", "conv_weight", "dt_bias", "dt_proj.weight", "g_proj.weight", "norm.weight"}
+    assert {name.split("self_attn.")[1] for name in mixers if name not in transferred} == new
+    assert set(theirs) - set(ours) == {f"{prefix}{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
+    assert {name: type(m) for name, m in student.named_modules() if "self_attn" not in name and name}.keys() == \
+           {name: type(m) for name, m in teacher.named_modules() if "self_attn" not in name and name}.keys()
+    for (name, a), (_, b) in zip(student.named_buffers(), teacher.named_buffers()): assert torch.equal(a, b), name
+
+def test_conversion_is_deterministic(teacher):
+    a, b, c = (mixer_parameters(to_hybrid(teacher, seed=seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+    layers = [a[f"model.language_model.layers.{i}.self_attn.g_proj.weight"] for i in range(3)]
+    assert not torch.equal(layers[0], layers[1])
+
+def test_qk_norm_is_the_teachers(teacher):
+    with torch.no_grad(): teacher.model.language_model.layers[0].self_attn.q_norm.weight.fill_(0.5)
+    student = to_hybrid(teacher, qk_norm=True)
+    assert torch.equal(student.model.language_model.layers[0].self_attn.q_norm.weight, torch.full((8,), 0.5))
+    assert "model.language_model.layers.0.self_attn.q_norm.weight" in transferred_parameters(student)
+
+@pytest.mark.parametrize("given, kept", [(None, [3, 7]), ("last", [3, 7]), ("first", [0, 4]), ([7, 1], [1, 7])])
+def test_which_layers_keep_attention(given, kept):
+    assert kept_layers(8, given) == kept
+    student = to_hybrid(tiny_teacher(layers=8), attention_layers=given)
+    types = student.config.text_config.layer_types
+    assert [i for i, kind in enumerate(types) if kind == "full_attention"] == kept
+    assert [i for i, layer in enumerate(student.model.language_model.layers) if not isinstance(layer.self_attn, Mamba2Mixer)] == kept
+
+def test_bad_conversions(teacher, paper_student):
+    def refused(message, model=teacher, **kwargs):
+        with pytest.raises(ValueError, match=message) as error: to_hybrid(model, **kwargs)
+        assert "\n" not in str(error.value)
+    refused("unknown mixer 'mamba3'; one of mamba2", mixer="mamba3")
+    refused("unknown init 'zeros'; one of paper, mamba, identity", init="zeros")
+    refused("unknown mixer field 'kernel'; one of conv_kernel", kernel=4)
+    refused("conv_kernel is 0; an integer of at least 1", conv_kernel=0)
+    refused("6 layers can't be split 3:1", tiny_teacher(layers=6))
+    refused("attention_layers is 'middle'; 'last', 'first' or a list", attention_layers="middle")
+    for layers in ([4], [-1], [1, 1], [], [0, 1, 2, 3]): refused("attention_layers is .*; some, but not all, different indices from 0 to 3", attention_layers=layers)
+    refused("unsupported teacher 'hybrid_qwen3_vl'; one of qwen3_vl", paper_student)
+    refused("unsupported teacher 'Linear'; one of qwen3_vl", torch.nn.Linear(2, 2))
+
+# Inside transformers
+
+@torch.no_grad()
+def alone(model, sample, **kwargs): return model(**batch_of([sample]), **kwargs).logits[0]
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_equals_single_samples(student, side):
+    batch = batch_of(SAMPLES, side)
+    assert student.get_input_embeddings().weight[7].abs().max() > 0.1     # the pad row is not zero
+    logits = student(**batch).logits
+    for row, mask, sample in zip(logits, batch["attention_mask"].bool(), SAMPLES): assert_close(row[mask], alone(student, sample), atol=2e-4, rtol=1e-4)
+    unmasked = student(**{**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}).logits
+    if side == "left": assert (unmasked - logits)[1, -1].abs().max() > 1e-3    # and would show
+
+@pytest.mark.parametrize("how", [dict(), dict(num_beams=3), dict(cache_implementation="static"), dict(num_beams=2, cache_implementation="static")], ids=str)
+@torch.no_grad()
+def test_generation_with_a_cache_is_generation_without(student, how):
+    how = dict(max_new_tokens=6, do_sample=False, pad_token_id=7, output_scores=True, return_dict_in_generate=True, **how)
+    batch = batch_of(SAMPLES)
+    cached = student.generate(**batch, **how)
+    plain = student.generate(**batch, **{k: v for k, v in how.items() if k != "cache_implementation"}, use_cache=False)
+    assert torch.equal(cached.sequences, plain.sequences)
+    for a, b in zip(cached.scores, plain.scores): assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+@torch.no_grad()
+def test_batched_generation_equals_single_samples(student):
+    how = dict(max_new_tokens=6, do_sample=False, pad_token_id=7)
+    batched = student.generate(**batch_of(SAMPLES), **how)[:, -6:]
+    assert torch.equal(batched, torch.cat([student.generate(**batch_of([s]), **how)[:, -6:] for s in SAMPLES]))
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@torch.no_grad()
+def test_chunked_prefill(student, size):
+    "Left-padded prompts in pieces, some of which are padding alone for a row."
+    batch = batch_of([(0, 17), (0, 4)])
+    whole, cache, pieces = student(**batch).logits, DynamicCache(config=student.config), []
+    position_ids = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    for start in range(0, 17, size):
+        end = min(start + size, 17)
+        out = student(input_ids=batch["input_ids"][:, start:end], attention_mask=batch["attention_mask"][:, :end], past_key_values=cache, use_cache=True,
+                      position_ids=position_ids[None, :, start:end].expand(3, -1, -1))
+        pieces.append(out.logits)
+    real = batch["attention_mask"].bool()
+    assert_close(torch.cat(pieces, 1)[real], student(**batch, position_ids=position_ids[None].expand(3, -1, -1)).logits[real], atol=5e-4, rtol=1e-3)
+    generated = student.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=7, prefill_chunk_size=size)
+    assert torch.equal(generated, student.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=7))
+
+def gradients(student, batch):
+    student.zero_grad()
+    student(**batch, labels=batch["input_ids"]).loss.backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+def test_gradient_checkpointing_gives_the_same_gradients(teacher):
+    student, batch = hybrid(teacher).train(), dict(batch_of(SAMPLES), use_cache=False)
+    plain = gradients(student, batch)
+    student.activation_checkpointing_enable()
+    checkpointed = gradients(student, batch)
+    assert plain.keys() == checkpointed.keys() >= mixer_parameters(student).keys()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+def test_gradients_pass_padding_by(teacher):
+    "A padded sample's gradients are those of the sample alone, for each mixer parameter."
+    student = hybrid(teacher)
+    labels = lambda b: b["input_ids"].masked_fill((b["attention_mask"] == 0) | (b["input_ids"] == 92), -100)  # but the first, which padding would predict
+    def grads(batch):
+        student.zero_grad()
+        student(**batch, labels=labels(batch)).loss.backward()
+        return {name: p.grad.clone() for name, p in mixer_parameters(student).items()}
+    single, padded = batch_of([(1, 5)]), batch_of([(1, 5)])
+    for key, fill in (("input_ids", 7), ("attention_mask", 0), ("mm_token_type_ids", 0)): padded[key] = F.pad(padded[key], (4, 2), value=fill)
+    for (name, a), b in zip(grads(single).items(), grads(padded).values()): assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+def test_compiles_as_one_graph(teacher):
+    torch._dynamo.reset()
+    student = hybrid(teacher)
+    embeds = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    decoder = student.model.language_model
+    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)
+    def run(f):
+        x = embeds.clone().requires_grad_()
+        y = f(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+        (y * mask[..., None]).square().sum().backward()
+        return y.detach()[mask.bool()], x.grad
+    for a, b in zip(run(compiled), run(decoder)): assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+@torch.no_grad()
+def test_bfloat16(teacher):
+    student = hybrid(in_bfloat16(tiny_teacher()))
+    kept = {name for name, p in student.named_parameters() if p.dtype == torch.float32}
+    assert kept == {f"model.language_model.layers.{i}.self_attn.{p}" for i in range(3) for p in ("A_log", "D", "dt_bias")}
+    batch = batch_of(SAMPLES)
+    cache = DynamicCache(config=student.config)
+    logits = student(**batch, past_key_values=cache, use_cache=True).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    assert cache.get_recurrent_state(0).dtype == torch.float32 and cache.get_conv_state(0).dtype == torch.bfloat16
+    float32 = copy.deepcopy(student).float()
+    real = batch["attention_mask"].bool()
+    expected = float32(**batch).logits[real]
+    assert (logits.float()[real] - expected).norm() < 0.1 * expected.norm()
+    how = dict(max_new_tokens=4, do_sample=False, pad_token_id=7)
+    assert student.generate(**batch, **how).shape == student.generate(**batch, **how, use_cache=False).shape
+
+# Saving and loading
+
+def tiny_processor():
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|unk|>"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(specials + ["what", "number"])}, unk_token="<|unk|>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left", extra_special_tokens=dict(
+        image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>"))
+    return ImageOnlyQwen3VLProcessor(Qwen2VLImageProcessor(patch_size=4), tokenizer, chat_template="{{ messages }}")
+
+LOAD = """
+import sys, torch, heed_nb.hybrid
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for folder in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    batch = torch.load(folder + "/batch.pt")
+    with torch.no_grad(): out = dict(logits=model(**batch).logits, generated=model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=7))
+    out.update(state=model.state_dict(), names=(type(model).__name__, type(AutoProcessor.from_pretrained(folder)).__name__), types=model.config.text_config.layer_types)
+    torch.save(out, folder + "/out.pt")
+"""
+
+def test_loads_in_a_new_process(tmp_path):
+    batch, students = batch_of(SAMPLES), {}
+    for dtype, teacher in (("float32", tiny_teacher(layers=8)), ("bfloat16", in_bfloat16(tiny_teacher(layers=8)))):
+        folder = tmp_path / dtype
+        students[folder] = hybrid(teacher, attention_layers=[2, 5], norm="gate_then_norm", conv_kernel=3)
+        students[folder].save_pretrained(folder)
+        tiny_processor().save_pretrained(folder)
+        torch.save(batch, folder / "batch.pt")
+    subprocess.run([sys.executable, "-c", LOAD, *map(str, students)], check=True)
+    for folder, student in students.items():
+        loaded = torch.load(folder / "out.pt")
+        assert loaded["names"] == ("HybridQwen3VLForConditionalGeneration", "ImageOnlyQwen3VLProcessor")
+        assert loaded["types"] == student.config.text_config.layer_types
+        assert loaded["state"].keys() == student.state_dict().keys()
+        for name, p in student.state_dict().items(): assert torch.equal(p, loaded["state"][name]) and p.dtype == loaded["state"][name].dtype, name
+        with torch.no_grad():
+            assert torch.equal(student(**batch).logits, loaded["logits"])
+            assert torch.equal(student.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=7), loaded["generated"])
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    teacher = tiny_teacher()
+    teacher.config.tie_word_embeddings = True
+    teacher.tie_weights()
+    student = to_hybrid(teacher)
+    assert student.lm_head.weight is student.get_input_embeddings().weight
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+def test_a_truncated_weights_file_is_an_error(paper_student, tmp_path):
+    paper_student.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(Exception, match="(?i)incomplete|too short|InvalidHeader|metadata"): AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+def test_loading_does_not_start_parameters_anew(paper_student, tmp_path):
+    "A checkpoint without one mixer tensor: that one starts, the others are loaded."
+    paper_student.save_pretrained(tmp_path, state_dict={k: v for k, v in paper_student.state_dict().items() if not k.endswith("0.self_attn.A_log")})
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    for name, p in mixer_parameters(paper_student).items(): assert torch.equal(p, loaded.state_dict()[name]) != name.endswith("0.self_attn.A_log"), name
+
+# Teacher and student in one
+
+@pytest.fixture
+def pair():
+    teacher = tiny_teacher()
+    return hybrid(teacher), teacher
+
+@torch.no_grad()
+def test_teacher_path_is_the_teacher(pair):
+    student, teacher = pair
+    batch = batch_of(SAMPLES)
+    teachers, students = teacher(**batch).logits, student(**batch).logits
+    how = dict(max_new_tokens=5, do_sample=False, pad_token_id=7)
+    generated, static = teacher.generate(**batch, **how), dict(cache_implementation="static")
+    pair_with_teacher(student, teacher)
+    assert torch.equal(student(**batch).logits, students)
+    with teacher_path(student):
+        assert torch.equal(student(**batch).logits, teachers)
+        assert torch.equal(student.generate(**batch, **how), generated)
+        assert torch.equal(student.generate(**batch, **how, **static), generated)
+    assert torch.equal(student(**batch).logits, students)
+    assert not torch.equal(students, teachers)
+
+def test_teacher_path_leaves_the_students_graph_alone(pair):
+    student, teacher = pair
+    batch = batch_of(SAMPLES)
+    loss = lambda: student(**batch, labels=batch["input_ids"]).loss
+    loss().backward()
+    expected = {name: p.grad.clone() for name, p in mixer_parameters(student).items()}
+    student.zero_grad()
+    pair_with_teacher(student, teacher)
+    alive = loss()
+    with teacher_path(student), torch.no_grad(): student(**batch)
+    alive.backward()
+    assert all(torch.equal(p.grad, expected[name]) for name, p in mixer_parameters(student).items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+def test_teacher_path_ends_on_an_error_and_nests(pair):
+    student, teacher = pair
+    pair_with_teacher(student, teacher)
+    types, mixers = student.config.text_config.layer_types, mixer_parameters(student)
+    with pytest.raises(ZeroDivisionError):
+        with teacher_path(student), teacher_path(student): 1 / 0
+    assert student.config.text_config.layer_types == types and mixer_parameters(student).keys() == mixers.keys()
+    assert isinstance(student.model.language_model.layers[0].self_attn, Mamba2Mixer)
+
+def test_a_pair_holds_frozen_weights_once(pair):
+    student, teacher = pair
+    pair_with_teacher(student, teacher)
+    mixers = mixer_parameters(student)
+    theirs = {p.data_ptr() for p in teacher.parameters()}
+    for name, p in student.named_parameters():
+        assert (p.data_ptr() in theirs) != (name in mixers), name
+        assert p.requires_grad == (name in mixers), name
+    total = lambda parameters: sum(p.numel() for p in parameters)
+    assert total({id(p): p for model in pair for p in model.parameters()}.values()) == total(teacher.parameters()) + total(mixers.values())
+
+@pytest.mark.parametrize("how", ["paired", "unpaired"])
+def test_a_saved_student_carries_no_teacher(pair, tmp_path, how):
+    student, teacher = pair
+    names, batch = set(student.state_dict()), batch_of(SAMPLES)
+    pair_with_teacher(student, teacher)
+    with torch.no_grad(): logits = student(**batch).logits
+    if how == "unpaired":
+        assert unpair(student) is student and set(student.state_dict()) == names
+        with pytest.raises(ValueError, match="the student has no teacher"):
+            with teacher_path(student): pass
+    student.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as f: assert set(f.keys()) == names
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    with torch.no_grad(): assert torch.equal(loaded(**batch).logits, logits)
+    pair_with_teacher(loaded, teacher)
+    with torch.no_grad(), teacher_path(loaded): assert torch.equal(loaded(**batch).logits, teacher(**batch).logits)
+
+def test_a_different_teacher_is_refused(pair):
+    student, teacher = pair
+    with torch.no_grad(): teacher.model.language_model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"model\.language_model\.layers\.2\.mlp\.up_proj\.weight differs from the teacher's"): pair_with_teacher(student, teacher)
+    assert not hasattr(student.model.language_model.layers[0], "teacher_attn") and all(p.requires_grad for p in teacher.parameters())
