@@ -42,7 +42,7 @@ PLACES = ("left", "middle", "right")
 COLOURS = {"red": (205, 45, 40), "green": (40, 150, 60), "blue": (45, 80, 200), "yellow": (235, 195, 40)}
 PAPERS = {"white": (250, 250, 248), "pink": (250, 222, 226), "mint": (216, 244, 226), "sky": (216, 230, 250)}
 FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold")
-ADVANCE = 8   # pixels a glyph; lines start on a lattice of 4, which is what a tower this small can learn to read in minutes
+ADVANCE = 8  # pixels a glyph; print stands on a grid of 8, like a typewriter's, which a tower this small learns to read in minutes
 INK, WHITE = (25, 25, 35), (250, 250, 250)
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def glyph(
     ImageDraw.Draw(mask).text((-left, -top), char, fill=255, font=face)
     return mask, left, top
 
-def _lattice(r, low, high): return r.randrange(low, high + 1, 4)
+def _on_grid(r, low, high): return r.randrange(low, high + 1, 8)
 
 # %% ../nbs/42_toyworld.ipynb #c008
 def _digits(r, n): return "".join(r.choice("0123456789") for _ in range(n))
 
 def _form(r, body, font, keys):
-    x, gap = _lattice(r, 0, 24), _lattice(r, 16, 32)
+    x, gap = _on_grid(r, 0, 24), _on_grid(r, 16, 32)
     rows = [(k, _digits(r, 3), body + 16 * i) for i, k in enumerate(keys[:4])]
     texts = [t for k, v, y in rows for t in (Text(k, x, y, font, 13), Text(v, x + gap, y, font, 13))]
     return dict(texts=texts, fields=[(k, v) for k, v, _ in rows])
@@ -106,16 +106,16 @@ def _chart(r, body, font, keys):
     step, base, plates, texts, fields = SIDE // n, body + 48, [], [], []
     for i, k in enumerate(keys[:n]):
         v = r.randint(10, 99)
-        x, top = i * step + _lattice(r, 0, step - 20), base - max(2, int(unit * v))
+        x, top = i * step + _on_grid(r, 0, step - 20), base - max(2, int(unit * v))
         plates.append((colour, (x + 2, top, x + 13, base)))
-        texts += [Text(k, x + 4, base, font, 13), Text(str(v), x, (top - 15) // 4 * 4, font, 13)]
+        texts += [Text(k, x, base, font, 13), Text(str(v), x, (top - 15) // 8 * 8, font, 13)]
         fields.append((k, str(v)))
     return dict(plates=plates, texts=texts, fields=fields)
 
 def _scene(r, body, font, keys):
     plates, texts, fields = [], [], []
     for i, colour in enumerate(r.sample(list(COLOURS), 2)):
-        v, x, y = _digits(r, 3), _lattice(r, 4, 68), body + 4 + 28 * i + _lattice(r, 0, 8)
+        v, x, y = _digits(r, 3), _on_grid(r, 8, 64), body + 8 + 24 * i + _on_grid(r, 0, 8)
         plates.append((colour, (x - 4, y - 2, x + 27, y + 18)))
         texts.append(Text(v, x, y, font, 13, INK if colour == "yellow" else WHITE))
         fields.append((colour, v))
@@ -125,8 +125,8 @@ def _infographic(r, body, font, keys):
     texts, fields = [], []
     for i, k in enumerate(keys):
         column, row = divmod(i, 3)
-        v, x, y = _digits(r, 2), 48 * column + _lattice(r, 0, 12), body + 20 * row + _lattice(r, 0, 4)
-        texts += [Text(k, x, y, font, 11), Text(v, x + _lattice(r, 12, 16), y, font, 11)]
+        v, x, y = _digits(r, 2), 48 * column + _on_grid(r, 0, 8), body + 24 * row + _on_grid(r, 0, 8 if row < 2 else 0)
+        texts += [Text(k, x, y, font, 11), Text(v, x + 16, y, font, 11)]
         fields.append((k, v))
     return dict(texts=texts, fields=fields)
 
@@ -135,7 +135,7 @@ def _diagram(r, font):
     for name, colour, p in zip(r.sample(SHAPES, 3), r.sample(list(COLOURS), 3), r.sample(range(3), 3)):
         size, v, y = r.randint(20, 26), _digits(r, 2), r.randint(4, 50)
         shapes.append(Shape(name, colour, PLACES[p], 32 * p + r.randint(2, 30 - size), y, size))
-        texts.append(Text(v, 32 * p + _lattice(r, 4, 12), -(-(y + size + 1) // 4) * 4, font, 13))
+        texts.append(Text(v, 32 * p + _on_grid(r, 0, 16), -(-(y + size + 1) // 8) * 8, font, 13))
         fields.append((name, v))
     return dict(shapes=shapes, texts=texts, fields=fields)
 
@@ -223,25 +223,29 @@ class Question:
     answer: str               # as the model should print it: for multiple choice the letter
     answers: tuple            # all accepted answers
     choices: tuple | None     # the options' texts
+    turn: tuple               # (question, answer) in training, where every other multiple-choice question is asked without options
     image: Image.Image | None = None
 
-def _choice(r, benchmark, question, right, wrong):
+def _written(benchmark, question, answer):
+    return Question("", benchmark, question, answer, (answer,), None, (question, answer))
+
+def _choice(r, benchmark, question, right, wrong, open_too=True):
     options = [right, *wrong]
     r.shuffle(options)
     letter = "ABCD"[options.index(right)]
-    listing = "".join(f" {l}={o}" for l, o in zip("ABCD", options))
-    return Question("", benchmark, question + listing, letter, (letter,), tuple(options))
+    asked = question + "".join(f" {l}={o}" for l, o in zip("ABCD", options))
+    return Question("", benchmark, asked, letter, (letter,), tuple(options), (question, right) if open_too and r.random() < .5 else (asked, letter))
 
 def _near_misses(r, value, others):
     wrong = set(others) - {value}
-    while len(wrong) < 3:
+    while len(wrong) < 2:
         digits = list(value)
         digits[r.randrange(len(digits))] = r.choice("0123456789")
         wrong |= {"".join(digits)} - {value}
-    return r.sample(sorted(wrong), 3)
+    return r.sample(sorted(wrong), 2)
 
 READING = {"form": ("docvqa", "value of {}?"), "chart": ("chartqa", "bar {}?"), "scene": ("textvqa", "{} sign?"), "infographic": ("infovqa", "number of {}?")}
-RULES = ("stop", "go", "wait", "turn")
+RULES = ("stop", "go", "wait")
 
 def page_questions(
     page: Page,
@@ -254,7 +258,7 @@ def page_questions(
             out.append(_choice(r, "ai2d", f"label of {name}?", value, _near_misses(r, value, values)))
         else:
             benchmark, question = READING[page.kind] if r.random() < .7 else ("ocrbench_v2", "read {}?")
-            out.append(Question("", benchmark, question.format(name), value, (value,), None))
+            out.append(_written(benchmark, question.format(name), value))
     n, shape = len(page.shapes), r.choice(page.shapes)
     colours = [c for c in COLOURS if c != shape.colour]
     if r.random() < .5: out.append(_choice(r, "mmstar", f"colour of {shape.name}?", shape.colour, r.sample(colours, 3)))
@@ -262,17 +266,17 @@ def page_questions(
     if n == 1 or r.random() < .5: out.append(_choice(r, "mmbench", "how many shapes?", str(n), [str(k) for k in (1, 2, 3) if k != n]))
     else:
         first, second = sorted(r.sample(page.shapes, 2), key=lambda s: PLACES.index(s.place))
-        out.append(_choice(r, "mmbench", "which is more left?", first.name, [second.name]))
-    rule = dict(zip(r.sample(list(COLOURS), 4), RULES))
+        out.append(_choice(r, "mmbench", "which is more left?", first.name, [second.name], open_too=False))
+    rule = dict(zip(r.sample([shape.colour, *r.sample(colours, 2)], 3), RULES))
     question = "rule:" + "".join(f" {c} {w}" for c, w in rule.items()) + f" so {shape.name}?"
     out.append(_choice(r, "mmmu_pro", question, rule[shape.colour], [w for w in RULES if w != rule[shape.colour]]))
     k = r.randint(0, 5)
-    out.append(Question("", "mathvista", f"shapes plus {k}?", str(n + k), (str(n + k),), None))
+    out.append(_written("mathvista", f"shapes plus {k}?", str(n + k)))
     r.shuffle(out)
     return out
 
 # %% ../nbs/42_toyworld.ipynb #c021
-TURNS = 5  # questions a sample
+TURNS = 6  # questions a sample
 
 class Documents:
     "Map-style data set of `Sample`s, one page with some of its questions each; endless and deterministic in (seed, split, index)."
@@ -293,7 +297,7 @@ class Documents:
 
     def __getitem__(self, index: int) -> Sample:
         page, questions = self.page(index)
-        return Sample(f"toy-{self.split}-{self.seed}-{index:06d}", [render(page)], [(q.question, q.answer) for q in questions[:TURNS]])
+        return Sample(f"toy-{self.split}-{self.seed}-{index:06d}", [render(page)], [q.turn for q in questions[:TURNS]])
 
 # %% ../nbs/42_toyworld.ipynb #c022
 def benchmark(
@@ -347,7 +351,7 @@ def teacher_config(
     hidden_size: int = 128,
     num_hidden_layers: int = 4,
     vision_hidden_size: int = 96,
-    vision_depth: int = 3,
+    vision_depth: int = 2,
 ) -> Qwen3VLConfig:
     "The toy teacher's configuration: 1.5M parameters at the defaults, heads of 32 channels, two query heads a key-value head."
     token = tokenizer.convert_tokens_to_ids
@@ -356,11 +360,13 @@ def teacher_config(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_hidden_layers,
             num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
+            initializer_range=hidden_size ** -.5,
             rope_parameters=dict(rope_type="default", rope_theta=10000., mrope_section=[6, 5, 5], mrope_interleaved=True),
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id),
         vision_config=dict(
             depth=vision_depth, hidden_size=vision_hidden_size, intermediate_size=2 * vision_hidden_size, num_heads=4, patch_size=8,
-            spatial_merge_size=2, temporal_patch_size=1, out_hidden_size=hidden_size, num_position_embeddings=144, deepstack_visual_indexes=[1]),
+            spatial_merge_size=2, temporal_patch_size=1, out_hidden_size=hidden_size, num_position_embeddings=144, deepstack_visual_indexes=[0],
+            initializer_range=.5 * vision_hidden_size ** -.5),
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
 
@@ -396,10 +402,10 @@ def _answer_loss(model, batch):
 def train_teacher(
     out: str | Path,
     *,
-    read_steps: int = 1000,
-    answer_steps: int = 3000,
+    read_steps: int = 600,
+    answer_steps: int = 2000,
     batch_size: int = 32,
-    lr: float = 1e-3,              # peak of each phase's cosine, after 5 % warm-up
+    lr: float = 1.5e-3,            # peak of each phase's cosine, after 2 % warm-up
     seed: int = 0,
     checkpoint_every: int = 100,   # steps
     device: str = "cpu",
@@ -419,7 +425,7 @@ def train_teacher(
         for name, p in parameters.items(): p.requires_grad_((name in tower) == (phase == "read"))
         trained = {n: p for n, p in parameters.items() if p.requires_grad}
         optimiser = torch.optim.AdamW(trained.values(), lr, betas=(.9, .98), weight_decay=.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min((i + 1) / (.05 * steps), .5 + .5 * math.cos(math.pi * i / steps)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min((i + 1) / (.02 * steps), .5 + .5 * math.cos(math.pi * i / steps)))
         first = 0
         if checkpoint.exists():
             with safe_open(checkpoint, "pt") as f: saved = json.loads(f.metadata()["state"])
