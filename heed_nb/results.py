@@ -200,7 +200,7 @@ def contrast(
     a: str,                # a condition, e.g. "C4"
     b: str,                # the one to take away, e.g. "C3"; "C0" pairs with every seed
     row: str,              # a benchmark's key or an average
-) -> dict:                 # a, b, row, mean, se (None with one seed), n, ahead (seeds in which a > b), noise (of the questions alone)
+) -> dict:                 # a, b, row, mean, se (NaN with one seed), n, ahead (seeds in which a > b), noise (of the questions alone)
     "a - b over the seeds that both have."
     lines = scores[scores.row == row]
     left, right = (lines[lines.condition == condition].set_index('seed') for condition in (a, b))
@@ -208,9 +208,9 @@ def contrast(
         right = right.iloc[[0]*len(left)].set_axis(left.index)
     seeds = left.index.intersection(right.index)
     delta = (left.score[seeds] - right.score[seeds]).astype(float)
-    noise = (left.noise[seeds]**2 + right.noise[seeds]**2).sum()**0.5/max(len(seeds), 1)
     n = len(seeds)
-    return dict(a=a, b=b, row=row, mean=delta.mean() if n else None, se=delta.std()/n**0.5 if n > 1 else None, n=n, ahead=int((delta > 0).sum()), noise=noise)
+    noise = (left.noise[seeds]**2 + right.noise[seeds]**2).sum()**0.5/max(n, 1)
+    return dict(a=a, b=b, row=row, mean=delta.mean(), se=delta.sem(), n=n, ahead=int((delta > 0).sum()), noise=noise)
 
 # %% ../nbs/60_results.ipynb #c037
 _ON = {key: benchmark.title for key, benchmark in BENCHMARKS.items()} | dict(

@@ -1,0 +1,327 @@
+"Runs as files under faults, the paper's numbers, and the tables made of both."
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import time
+
+import nbformat
+import pytest
+
+import heed_nb
+from heed_nb.conditions import BENCHMARKS, FINE_GRAINED
+from heed_nb.results import (LADDER, PAPER, code_version, contrast, paper_checks, paper_table, publish, read_run, read_runs, run_name, scores,
+                             write_file, write_run)
+
+
+# Files
+
+FORK = multiprocessing.get_context("fork")
+
+
+def write_far_too_much(path, limit, answer):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        write_run(path, "distill", {}, {"losses": [0.123456789] * 200000})
+    except OSError as error:
+        answer.send(str(error))
+
+
+def refused(path, limit=None):
+    "The one line with which a write that can't fit fails, leaving the earlier file, alone, in the folder."
+    earlier = write_run(path, "distill", {"seed": 0}, {"loss": 1.0}).read_bytes()
+    answer, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=write_far_too_much, args=(path, limit, there))
+    process.start()
+    assert answer.poll(60)
+    error = answer.recv()
+    process.join()
+    assert re.fullmatch(r"\[Errno \d+\] could not write .*distill.json \(.+\); an earlier file is untouched", error)
+    assert path.read_bytes() == earlier
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    return error
+
+
+def test_file_too_large(tmp_path):
+    assert "File too large" in refused(tmp_path / "distill.json", 20000)
+
+
+def test_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        assert "No space left on device" in refused(disk / "distill.json")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def write_for_ever(path):
+    for i in itertools.count():
+        write_run(path, "distill", {}, {"i": [i] * 20000})
+
+
+def test_killed_while_writing(tmp_path):
+    path = tmp_path / run_name("C4", 0, 1000) / "distill.json"
+    rng = random.Random(0)
+    for _ in range(8):
+        process = FORK.Process(target=write_for_ever, args=(path,))
+        process.start()
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        run, = read_runs(tmp_path, "distill")
+        assert len(set(run["numbers"]["i"])) == 1 and len(run["numbers"]["i"]) == 20000
+        assert (run["condition"], run["seed"], run["token_budget"]) == ("C4", 0, 1000)
+
+
+def test_interrupt_leaves_the_earlier_file(tmp_path, monkeypatch):
+    path = write_file(tmp_path / "note.txt", "first")
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(path, "second")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"note.txt": "first"}
+
+
+def test_run_says_where_it_ran(tmp_path, root):
+    started = time.time() - 5
+    run = read_run(write_run(tmp_path / "run.json", "teacher", {"out": tmp_path / "x"}, {"loss": 0.5}, started=started))
+    where = run["provenance"]
+    assert 5 <= where["seconds"] < 60
+    assert {"python", "heed_nb", "torch", "transformers"} <= where["versions"].keys()
+    assert run["parameters"] == {"out": str(tmp_path / "x")}
+    head = subprocess.run(["git", "rev-list", "-50", "HEAD"], cwd=root, capture_output=True, text=True).stdout.split()
+    assert where["git"]["commit"] in (head or [None])
+
+
+def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
+    package = write_file(tmp_path / "heed_nb" / "__init__.py", "")
+    write_file(tmp_path / "README.md", "one")
+    monkeypatch.setattr(heed_nb, "__file__", str(package))
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True, capture_output=True)
+    assert code_version() == {"commit": None, "dirty": None}
+    git("init")
+    assert code_version() == {"commit": None, "dirty": None}
+    git("add", ".")
+    git("commit", "-m", "one")
+    assert code_version()["dirty"] is False and len(code_version()["commit"]) == 40
+    write_file(tmp_path / "outputs" / "toy" / "note.txt", "not tracked")
+    assert code_version()["dirty"] is False
+    write_file(tmp_path / "README.md", "two")
+    assert code_version()["dirty"] is True
+
+
+# The paper
+
+def test_averages_by_hand():
+    with open(PAPER / "table_04.csv", newline="") as file:
+        rows = {row["row"]: row for row in csv.DictReader(file)}
+    for column in ("C0", "C1+", "C2+", "C3+", "C4+"):
+        six, ten = ([float(rows[key][column]) for key in keys] for keys in (FINE_GRAINED, BENCHMARKS))
+        assert f"{statistics.mean(six):.2f}" == rows["fine_grained"][column]
+        assert f"{statistics.mean(ten):.2f}" == rows["average"][column]
+
+
+def test_where_the_paper_differs_from_itself():
+    checks = paper_checks()
+    differ = {(line.place, line.says, line.recomputed) for line in checks[~checks.agrees].itertuples()}
+    assert differ == {
+        ("Abstract", "13", 8.5), ("Abstract", "13", 11.35), ("A.4", "-0.9", -1.1), ("A.4", "at most 1", -1.1), ("A.5", "0.25", 0.15),
+        ("A.8", "50.5", 54.5), ("A.9", "2.44", 3.5), ("A.9", "1.58", 2.24), ("Sect. 3.2", "0.05", 0.1), ("Tab. 12", "44", 44.7761),
+        ("B.2", "500", 249.12)}
+
+
+@pytest.mark.parametrize("number, row, column, value", [
+    (2, "reasoning", "C2+", "69.48"), (5, "chartqa", "C5", "85.6"), (5, "mathvista", "C6", "77.9"), (6, "GLM-4.6V-Flash (9B)", "C4+", "61.2"),
+    (7, "C5", "gpu_hours_2b_tokens", "260"), (8, "+SL", "ocrbench_v2", "58.1"), (9, "C4-C3", "fine_grained_spread", "0.37"),
+    (11, "peak learning rate", "dpo", "1e-6"), ("A.8", "25", "density", "58.0")])
+def test_transcription(number, row, column, value):
+    assert paper_table(number, printed=True).loc[row, column] == value
+
+
+# Tables from runs
+
+def made_up(folder, conditions=LADDER, seeds=(0, 1, 2), budgets=(1000, 2000), seed=0):
+    "Runs with made-up numbers: fine-grained scores rise along the ladder."
+    rng = random.Random(seed)
+    for condition in conditions:
+        for s, budget in [(None, None)] if condition == "C0" else [(s, b) for s in seeds for b in budgets]:
+            level = 95 if condition == "C0" else 40 + 5 * int(condition[1]) + 10 * (budget == 2000)
+            measured = {key: level + rng.uniform(-1, 1) for key in BENCHMARKS}
+            write_run(folder / run_name(condition, s, budget) / "evaluate.json", "evaluate", {"condition": condition},
+                      {"scores": measured, "n": dict.fromkeys(BENCHMARKS, 100)})
+    return folder
+
+
+def test_contrast_is_paired_by_seed(tmp_path):
+    runs = read_runs(made_up(tmp_path))
+    fine = {run["name"]: statistics.mean(run["numbers"]["scores"][key] for key in FINE_GRAINED) for run in runs}
+    delta = [fine[run_name("C4", s, 2000)] - fine[run_name("C3", s, 2000)] for s in range(3)]
+    (tmp_path / run_name("C3", 1, 2000) / "evaluate.json").unlink()
+    for seeds in ((0, 1, 2), (0, 2)):
+        table = scores([run for run in runs if seeds == (0, 1, 2) or (run["condition"], run["seed"]) != ("C3", 1)])
+        c = contrast(table[table.token_budget == 2000], "C4", "C3", "fine_grained")
+        d = [delta[s] for s in seeds]
+        assert c["n"] == len(seeds)
+        assert c["mean"] == pytest.approx(statistics.mean(d))
+        assert c["se"] == pytest.approx(statistics.stdev(d) / len(d) ** 0.5)
+
+
+def notebook(root, name, **parameters):
+    "The namespace that a notebook of nbs/paper leaves behind, run here with these parameters."
+    namespace = {}
+    for cell in nbformat.read(root / "nbs" / "paper" / f"{name}.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, namespace)
+            if "parameters" in cell.metadata.get("tags", []):
+                namespace.update(parameters)
+    return namespace
+
+
+@pytest.fixture
+def paper(root, monkeypatch):
+    monkeypatch.chdir(root)
+    return lambda name, **parameters: notebook(root, name, **parameters)
+
+
+def cell(markdown, row, column):
+    "A cell of the first Markdown table that has the row."
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    header = [word.strip() for word in lines[0].split("|")]
+    line = next(line for line in lines if line.split("|")[1].strip().strip("*") == row)
+    return line.split("|")[header.index(column)].strip()
+
+
+def test_table_1_from_runs(paper, tmp_path):
+    runs = read_runs(made_up(tmp_path / "runs"))
+    paper("table_01", runs=tmp_path / "runs", out=tmp_path, token_budget=2000)
+    text = (tmp_path / "tables" / "table_01.md").read_text()
+    c4 = [run["numbers"]["scores"]["docvqa"] for run in runs if run["condition"] == "C4" and run["token_budget"] == 2000]
+    assert cell(text, "DocVQA", "C4 HEED") == f"{statistics.mean(c4):.1f} ± {statistics.stdev(c4):.1f}"
+    assert "C4 beats C3 on the fine-grained average" in text
+    assert "C1-seed{0,1,2}-budget2000" in text and "Missing" not in text
+    with open(tmp_path / "tables" / "table_01.csv", newline="") as file:
+        line = next(row for row in csv.DictReader(file) if (row["row"], row["column"]) == ("docvqa", "C4"))
+    assert (line["paper"], line["n"], line["runs"].split()[0]) == ("92.9", "3", "C4-seed0-budget2000")
+
+
+def test_table_1_says_what_is_missing(paper, tmp_path):
+    made_up(tmp_path / "runs", conditions=("C0", "C3", "C4"), seeds=(0,), budgets=(1000,))
+    paper("table_01", runs=tmp_path / "runs", out=tmp_path)
+    text = (tmp_path / "tables" / "table_01.md").read_text()
+    assert "**Missing**: C1-seed0-budget1000, C2-seed0-budget1000." in text
+    assert "one seed" in text and cell(text, "DocVQA", "C1 KD") == ""
+    assert "C4 against C1 on the 10-benchmark average: no seed has both." in text
+
+
+@pytest.mark.parametrize("conditions", [("C0",), ("C3", "C4")])
+def test_table_1_of_a_part(paper, tmp_path, conditions):
+    made_up(tmp_path / "runs", conditions=conditions, budgets=(1000,))
+    path = next((tmp_path / "runs").glob(f"{conditions[0]}*/evaluate.json"))
+    run = json.loads(path.read_text())
+    del run["numbers"]["scores"]["docvqa"]
+    write_file(path, json.dumps(run))
+    paper("table_01", runs=tmp_path / "runs", out=tmp_path)
+    text = (tmp_path / "tables" / "table_01.md").read_text()
+    assert ("C4 beats C3" in text) == (conditions != ("C0",))
+    assert cell(text, "Δ vs. teacher", "C4 HEED") == ""
+    if conditions == ("C0",):
+        assert cell(text, "Fine-grained Avg. (6)", "C0 Teacher") == ""
+
+
+def test_table_1_of_nothing_fails_and_leaves_the_earlier(paper, tmp_path):
+    write_file(tmp_path / "tables" / "table_01.md", "earlier")
+    with pytest.raises(ValueError, match=r"^no NAME/evaluate.json in .*runs; run `make tables SCALE=toy` first$"):
+        paper("table_01", out=tmp_path, runs=tmp_path / "runs")
+    assert (tmp_path / "tables" / "table_01.md").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("parameters, message", [
+    (dict(scael="toy"), "unknown parameter 'scael'; allowed: scale"),
+    (dict(scale="toi"), "unknown scale 'toi'; one of "),
+    (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0")])
+def test_table_1_refuses(paper, tmp_path, parameters, message):
+    made_up(tmp_path / "runs", conditions=("C0",))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        paper("table_01", runs=tmp_path / "runs", out=tmp_path, **parameters)
+    assert not (tmp_path / "tables").exists()
+
+
+@pytest.mark.parametrize("budgets, says", [((1000, 2000), "C4 beats C3 at 1,000, 2,000 tokens."), ((1000,), "Only one token budget was run.")])
+def test_curve_and_figure(paper, tmp_path, budgets, says):
+    made_up(tmp_path / "runs", budgets=budgets)
+    for name in ("table_01_budgets", "figure_01"):
+        paper(name, runs=tmp_path / "runs", out=tmp_path)
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert says in (tmp_path / "tables" / "table_01_budgets.md").read_text()
+
+
+@pytest.mark.parametrize("name, holds", [
+    ("table_03", "| C4: HEED"), ("table_10", "density-weighted RSA"), ("table_11", "LoRA r = 32"), ("table_12", "1,340,000"), ("consistency", "GLM-4.6V-Flash")])
+def test_tables_that_need_no_run(paper, tmp_path, name, holds):
+    paper(name, scale="smoke", out=tmp_path)
+    assert holds in (tmp_path / "tables" / f"{name}.md").read_text()
+    assert {p.name for p in (tmp_path / "tables").iterdir()} == {f"{name}.md", f"{name}.csv"}
+
+
+# Publishing
+
+def test_publish_copies_records_and_no_weights(tmp_path):
+    made_up(tmp_path / "toy" / "runs", seeds=(0,), budgets=(1000,))
+    write_file(tmp_path / "toy" / "tables" / "table_01.md", "table")
+    student = tmp_path / "toy" / "runs" / run_name("C4", 0, 1000)
+    for name in ("student/model.safetensors", "answers.jsonl", "evaluate.ipynb"):
+        write_file(student / name, "large")
+    target = publish("toy", tmp_path)
+    names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
+    assert names == {"manifest.json", "tables/table_01.md", *(f"runs/{name}/evaluate.json" for name in ["C0", *(run_name(c, 0, 1000) for c in LADDER[1:])])}
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert sum(map(len, manifest["commits"].values())) == 5 and manifest["files"].keys() == names - {"manifest.json"}
+
+
+def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
+    write_file(tmp_path / "toy" / "tables" / "table_01.md", "first")
+    target = publish("toy", tmp_path)
+    write_file(tmp_path / "toy" / "tables" / "table_01.md", "second")
+    rename = type(target).rename
+
+    def interrupted(path, to):
+        if ".fresh" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(type(target), "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish("toy", tmp_path)
+    assert (target / "tables" / "table_01.md").read_text() == "first"
+    assert [p.name for p in target.parent.iterdir()] == ["toy"]
+    monkeypatch.undo()
+    assert (publish("toy", tmp_path) / "tables" / "table_01.md").read_text() == "second"
+
+
+def test_publish_tells_of_mixed_code(tmp_path, capsys):
+    made_up(tmp_path / "toy" / "runs", conditions=("C0",))
+    path = made_up(tmp_path / "toy" / "runs", conditions=("C1",), seeds=(0,), budgets=(1000,)) / run_name("C1", 0, 1000) / "evaluate.json"
+    run = json.loads(path.read_text())
+    run["provenance"]["git"] = {"commit": "f" * 40, "dirty": True}
+    write_file(path, json.dumps(run))
+    target = publish("toy", tmp_path)
+    assert f"f{'f' * 39}+" in json.loads((target / "manifest.json").read_text())["commits"]
+    assert "the runs are of 2 different states of the code" in capsys.readouterr().err
