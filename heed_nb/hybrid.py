@@ -7,7 +7,7 @@ __all__ = ['HYBRIDS', 'hybrid_text_fields', 'padding_mask', 'HybridTextModel', '
            'HybridQwen3VLTextModel', 'HybridQwen3VLModel', 'HybridQwen3VLForConditionalGeneration', 'kept_layers',
            'to_hybrid', 'mixer_parameters', 'transferred_parameters', 'pair_with_teacher', 'teacher_path', 'unpair']
 
-# %% ../nbs/28_hybrid.ipynb #c002
+# %% ../nbs/28_hybrid.ipynb #c003
 import copy
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_tracing
 from .mixers import MIXERS
 from .teachers import ImageOnlyQwen3VLProcessor, family_of
 
-# %% ../nbs/28_hybrid.ipynb #c005
+# %% ../nbs/28_hybrid.ipynb #c006
 def hybrid_text_fields(
     layers: int,                        # num_hidden_layers
     layer_types: list[str] | None,      # None: attention in the last of every four
@@ -34,7 +34,7 @@ def hybrid_text_fields(
     if layer_types is None: layer_types = ["linear_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
     return layer_types, asdict(MIXERS[mixer].config_class.for_init(mixer_init, **(mixer_config or {})))
 
-# %% ../nbs/28_hybrid.ipynb #c006
+# %% ../nbs/28_hybrid.ipynb #c007
 def padding_mask(
     attention_mask: Tensor | None,  # [B, past + length], or an attention layer's own mask
     length: int                     # of this call
@@ -44,7 +44,7 @@ def padding_mask(
     mask = attention_mask[:, attention_mask.shape[1] - length:]
     return None if not is_tracing(mask) and bool(mask.all()) else mask
 
-# %% ../nbs/28_hybrid.ipynb #c007
+# %% ../nbs/28_hybrid.ipynb #c008
 class HybridTextModel:
     "Mixin before a family's text model: puts mixers where `layer_types` says so and hands them the padding mask."
     _is_stateful = True
@@ -69,7 +69,7 @@ class HybridTextModel:
         else: mask = padding_mask(attention_mask, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, linear_attention_mask=mask, **kwargs)
 
-# %% ../nbs/28_hybrid.ipynb #c009
+# %% ../nbs/28_hybrid.ipynb #c010
 @strict
 class HybridQwen3VLTextConfig(Qwen3VLTextConfig):
     "Qwen3-VL's text config with `layer_types` and a mixer. Raises ValueError on an unknown mixer, init, field or value."
@@ -102,7 +102,7 @@ class HybridQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
     config: HybridQwen3VLConfig
     _is_stateful = True  # no rolling back of the cache, so no assisted generation
 
-# %% ../nbs/28_hybrid.ipynb #c010
+# %% ../nbs/28_hybrid.ipynb #c011
 HYBRIDS = {"qwen3_vl": HybridQwen3VLForConditionalGeneration}  # a teacher's model_type -> its hybrid
 
 for _config in (HybridQwen3VLTextConfig, HybridQwen3VLConfig): AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -111,7 +111,7 @@ AutoModel.register(HybridQwen3VLConfig, HybridQwen3VLModel, exist_ok=True)
 AutoModelForImageTextToText.register(HybridQwen3VLConfig, HybridQwen3VLForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(HybridQwen3VLConfig, ImageOnlyQwen3VLProcessor, exist_ok=True)
 
-# %% ../nbs/28_hybrid.ipynb #c012
+# %% ../nbs/28_hybrid.ipynb #c013
 def kept_layers(
     layers: int,                             # num_hidden_layers
     attention_layers: str | list[int] | None # None or "last": the last of every four; "first"; or indices
@@ -139,7 +139,7 @@ def _hybrid_config(teacher, text_fields):
     config.pop("architectures", None)
     return cls(**{**config, "model_type": cls.model_type, "text_config": text})
 
-# %% ../nbs/28_hybrid.ipynb #c013
+# %% ../nbs/28_hybrid.ipynb #c014
 def to_hybrid(
     teacher,                                          # a transformers model of a supported family; stays as it was
     *,
@@ -178,7 +178,7 @@ def _in_float32(name): return any(name.endswith(key) for key in HybridTextModel.
 
 def _mixers(student) -> dict: return {name: m for name, m in student.named_modules() if isinstance(m, tuple(MIXERS.values()))}
 
-# %% ../nbs/28_hybrid.ipynb #c014
+# %% ../nbs/28_hybrid.ipynb #c015
 def mixer_parameters(
     student
 ) -> dict[str, nn.Parameter]:  # by full name, as in the state dict
@@ -192,7 +192,7 @@ def transferred_parameters(
     return [f"{prefix}.{name}" for prefix, mixer in _mixers(student).items() for name, _ in mixer.named_parameters()
             if name.split(".")[0] in mixer.transferred]
 
-# %% ../nbs/28_hybrid.ipynb #c021
+# %% ../nbs/28_hybrid.ipynb #c022
 def pair_with_teacher(
     student,  # of `to_hybrid`, or loaded
     teacher   # the model it came from; its parameters are frozen
