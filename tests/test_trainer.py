@@ -1,0 +1,343 @@
+"Runs that are killed, resumed, refused or out of disk, on a tiny random teacher."
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from heed_nb import trainer
+from heed_nb.conditions import CONDITIONS, TrainSettings
+from heed_nb.hybrid import mixer_parameters, to_hybrid, transferred_parameters
+from heed_nb.trainer import checkpoints, distill
+
+IMAGE = 10
+SETTINGS = TrainSettings(token_budget=1800, lr=1e-3, batch_size=4, checkpoint_every=4, threads=1)
+
+
+def tiny_teacher(seed=0):
+    torch.manual_seed(seed)
+    text = dict(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=8, pad_token_id=0, initializer_range=0.2,
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True))
+    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, temporal_patch_size=1,
+                  spatial_merge_size=2, out_hidden_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=11,
+                           vision_start_token_id=12, vision_end_token_id=13)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+class Noise:
+    "Samples of one 4x4-patch image of noise and a few tokens, made from their number."
+
+    def __init__(self, bad=None):
+        self.bad = bad  # the sample whose pixels are not numbers
+
+    def __getitem__(self, index):
+        g = torch.Generator().manual_seed(index)
+        text = torch.randint(20, 48, (int(torch.randint(4, 12, (), generator=g)),), generator=g)
+        pixels = torch.randn(16, 3 * 16, generator=g)
+        if index == self.bad:
+            pixels[0, 0] = torch.nan
+        return dict(key=f"noise-{index}", ids=torch.cat([torch.tensor([12] + [IMAGE] * 4 + [13]), text]), pixels=pixels)
+
+
+class FiniteNoise(Noise):
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+
+def collate(samples):
+    ids = [s["ids"] for s in samples]
+    pad = lambda rows, value=0: pad_sequence(rows, batch_first=True, padding_value=value)
+    labels = [torch.cat([torch.full((len(i) - 3,), -100), i[-3:]]) for i in ids]
+    return dict(input_ids=pad(ids), attention_mask=pad([torch.ones_like(i) for i in ids]), labels=pad(labels, -100),
+                mm_token_type_ids=pad([(i == IMAGE).long() for i in ids]), pixel_values=torch.cat([s["pixels"] for s in samples]),
+                image_grid_thw=torch.tensor([[1, 4, 4]] * len(samples)), keys=[s["key"] for s in samples])
+
+
+def run(out, condition="C4", settings=SETTINGS, data=Noise(), teacher_seed=0, before=None):
+    if before:
+        before()
+    teacher = tiny_teacher(teacher_seed)
+    return distill(to_hybrid(teacher, seed=settings.seed), teacher, data, collate, CONDITIONS[condition], settings, out, progress=False)
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def student(out):
+    return load_file(Path(out) / "student" / "model.safetensors")
+
+
+def assert_same_run(a, b):
+    one, other = student(a), student(b)
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+    strip = lambda lines: [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    assert strip(log(a)) == strip(log(b))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["heed_nb.trainer"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run that nothing interrupted."
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, run(out)
+
+
+def test_a_run_logs_each_step_and_returns_its_numbers(whole):
+    out, numbers = whole
+    lines = log(out)
+    assert [line["step"] for line in lines] == list(range(1, numbers["steps"] + 1))
+    assert [line["stage"] for line in lines] == sorted(line["stage"] for line in lines)
+    tokens = {stage: sum(line["stage"] == stage for line in lines) / len(lines) for stage in (1, 2, 3)}
+    assert tokens[1] == pytest.approx(0.1, abs=0.05) and tokens[2] == pytest.approx(0.3, abs=0.05)
+    assert lines[-1]["tokens"] == numbers["tokens"] >= SETTINGS.token_budget > lines[-2]["tokens"]
+    assert set(numbers["losses"]) == {"stage_1", "stage_2", "stage_3"} and set(numbers["losses"]["stage_3"]) == {"loss", "kl", "ce"}
+    assert sum(numbers["phase_seconds"].values()) <= numbers["seconds"] * 1.001
+    assert all(numbers["phase_seconds"][phase] > 0 for phase in trainer.Phases.names)
+    assert len(checkpoints(out)) == 2 and list((out / "tensorboard").iterdir())
+
+
+def test_the_saved_student_loads_and_differs_from_its_teacher_in_the_mixers_alone(whole):
+    model = AutoModelForImageTextToText.from_pretrained(whole[0] / "student", dtype=torch.float32)
+    teacher = tiny_teacher().state_dict()
+    mixers = mixer_parameters(model)
+    assert mixers and not any("teacher_attn" in name for name in model.state_dict())
+    for name, value in model.state_dict().items():
+        if name not in mixers:
+            assert value.equal(teacher[name]), name
+    start = mixer_parameters(to_hybrid(tiny_teacher(), seed=0))
+    assert all(not value.equal(start[name]) for name, value in mixers.items() if value.ndim > 1)
+
+
+@pytest.mark.parametrize("stage, tokens", [(1, 100), (2, 700)])
+def test_what_trains_in_each_stage(tmp_path, monkeypatch, stage, tokens):
+    stages = (1.0, 0.0, 0.0) if stage == 1 else (0.0, 1.0, 0.0)
+    teacher = tiny_teacher()
+    model = to_hybrid(teacher)
+    before = {name: p.detach().clone() for name, p in mixer_parameters(model).items()}
+    settings = replace(SETTINGS, token_budget=tokens, stages=stages, weight_decay=0.0)
+    distill(model, teacher, Noise(), collate, CONDITIONS["C3"], settings, tmp_path, progress=False)
+    moved = {name for name, p in mixer_parameters(model).items() if not p.equal(before[name])}
+    transferred = set(transferred_parameters(model))
+    assert moved == set(before) - transferred if stage == 1 else moved >= transferred
+
+
+@pytest.mark.parametrize("condition", ["C1", "C2", "C4-shuffled", "-Density", "-Residual", "LoLCATs"])
+def test_every_condition_runs_and_its_loss_falls(tmp_path, condition):
+    settings = replace(SETTINGS, token_budget=1000, lr=3e-3, stages=(0.0, 0.5, 0.5))
+    run(tmp_path, condition, settings, data=FiniteNoise(4))  # the same four samples in each step
+    lines = log(tmp_path)
+    assert {line["stage"] for line in lines} == ({2, 3} if CONDITIONS[condition].alignment else {3})
+    for stage in (2, 3):
+        losses = [line["loss"] for line in lines if line["stage"] == stage]
+        assert not losses or losses[-1] < losses[0]
+
+
+def test_conditions_differ_in_the_alignment_stages(tmp_path, whole):
+    first = {"C4": log(whole[0])[0]["loss"]}
+    for condition in ("C2", "C3", "C4-shuffled", "-Density", "-Residual"):
+        run(tmp_path / condition, condition, replace(SETTINGS, token_budget=1, stages=(1.0, 0.0, 0.0)))
+        first[condition] = log(tmp_path / condition)[0]["loss"]
+    assert len(set(first.values())) == len(first)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, whole, processes):
+    random.seed(0)
+    kills = 0
+    for attempt in range(100):
+        process = processes.Process(target=run, args=(tmp_path,))
+        process.start()
+        begun = len(log(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0
+        while kills < 8 and process.is_alive() and (not (tmp_path / "log.jsonl").exists() or (tmp_path / "log.jsonl").read_bytes().count(b"\n") <= begun):
+            time.sleep(0.005)
+        process.join(random.uniform(0, 0.4) if kills < 8 else None)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0 and kills >= 3
+    assert_same_run(tmp_path, whole[0])
+
+
+def die_in_the_second_checkpoint():
+    save = trainer.save_file
+
+    def torn(tensors, path, metadata):
+        save(tensors, path, metadata)
+        if "00000008" in path.name:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.save_file = torn
+
+
+def die_before_the_student_is_in_place():
+    save = trainer.sync
+
+    def torn(path):
+        save(path)
+        if path.parent.name == "student.tmp":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.sync = torn
+
+
+@pytest.mark.parametrize("before, resumes_at", [(die_in_the_second_checkpoint, 4), (die_before_the_student_is_in_place, None)])
+def test_killed_while_it_writes_it_ends_with_the_same_bits(tmp_path, whole, processes, before, resumes_at):
+    process = processes.Process(target=run, args=(tmp_path,), kwargs=dict(before=before))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "student").exists()
+    found = trainer.load_checkpoint(tmp_path)[1]["step"]
+    assert found == (resumes_at or whole[1]["steps"])
+    run(tmp_path)
+    assert_same_run(tmp_path, whole[0])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_checkpoint_that_was_truncated_is_passed_over(tmp_path, whole):
+    run(tmp_path)
+    newest = checkpoints(tmp_path)[0]
+    os.truncate(newest, 1000)
+    run(tmp_path)
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, whole, monkeypatch):
+    first = run(tmp_path)
+    monkeypatch.setattr(trainer, "step_loss", None)
+    assert run(tmp_path) == first
+
+
+def test_batches_prepared_by_other_processes_are_the_same(tmp_path, whole):
+    run(tmp_path, settings=replace(SETTINGS, workers=1))
+    assert_same_run(tmp_path, whole[0])
+
+
+def share_a_run(out, rank):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611",
+                       ACCELERATE_USE_CPU="true")
+    teacher = tiny_teacher()
+    model = to_hybrid(teacher, seed=SETTINGS.seed)
+    distill(model, teacher, Noise(), collate, CONDITIONS["C4"], SETTINGS, out, progress=False)
+    save_file({name: p.detach() for name, p in mixer_parameters(model).items()}, out / f"rank{rank}.safetensors")
+
+
+def test_two_processes_share_a_run(tmp_path, whole, processes):
+    ranks = [processes.Process(target=share_a_run, args=(tmp_path, rank)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    one, other = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert all(one[name].equal(other[name]) for name in one)
+    assert [line["tokens"] for line in log(tmp_path)] == [line["tokens"] for line in log(whole[0])]  # the same samples
+    alone = student(whole[0])
+    for name, value in one.items():
+        torch.testing.assert_close(value, alone[name], atol=5e-3, rtol=0)  # means of means: nearly the same steps
+
+
+def test_a_finite_dataset_is_read_in_epochs(tmp_path):
+    numbers = run(tmp_path, data=FiniteNoise(10))
+    assert numbers["steps"] * SETTINGS.batch_size > 2 * 10
+
+
+def test_two_trainers_in_one_folder_exclude_each_other(tmp_path, processes):
+    process = processes.Process(target=run, args=(tmp_path,), kwargs=dict(settings=replace(SETTINGS, token_budget=10**9, workers=1)))
+    process.start()
+    while not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(ValueError, match="another process trains in"):
+            run(tmp_path)
+    finally:
+        process.kill()  # and the lock is free at once, though its worker may live on for a moment
+        process.join()
+    with trainer.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("changed, message", [
+    (dict(settings=replace(SETTINGS, lr=2e-3)), "holds a run with the setting lr = 0.001, this one has 0.002"),
+    (dict(settings=replace(SETTINGS, seed=1)), "holds a run with the setting seed = 0, this one has 1"),
+    (dict(condition="C3"), "holds a run with the condition name = 'C4', this one has 'C3'"),
+    (dict(teacher_seed=1), "holds a run with another teacher"),
+])
+def test_another_run_in_the_same_folder_is_refused(tmp_path, whole, changed, message):
+    out = whole[0]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lock"}
+    with pytest.raises(ValueError) as error:
+        run(out, **changed)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("condition", ["C0", "C5", "C6", "MOHAWK"])
+def test_what_cannot_be_trained_is_refused_before_any_work(tmp_path, condition):
+    with pytest.raises(ValueError, match=f"condition '{condition}' can't be trained: .*; these can: C1, C2"):
+        distill(None, None, None, None, CONDITIONS[condition], SETTINGS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("condition, kind", [("C4", ValueError), ("C3", FloatingPointError)])
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, condition, kind):
+    settings = replace(SETTINGS, stages=(0.0, 1.0, 0.0))
+    bad = trainer.batch_indices(None, settings.batch_size, settings.seed, 5)[2]  # the third sample of step 6
+    with pytest.raises(kind) as error:
+        run(tmp_path, condition, settings, data=Noise(bad))
+    message = str(error.value)
+    assert "\n" not in message and "step 6 (stage 2)" in message and f"noise-{bad}" in message
+    assert f"last good checkpoint: {tmp_path / 'checkpoint' / 'step-00000004.safetensors'}" in message
+    assert len(log(tmp_path)) == 5 and not (tmp_path / "student").exists()
+    run(tmp_path, condition, settings)  # goes on once the sample is mended
+
+
+def out_of_disk(out, limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        run(out)
+    except OSError as error:
+        (out / "error").write_text(str(error))
+        raise SystemExit(3)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, whole, processes):
+    run(tmp_path, settings=replace(SETTINGS, token_budget=1))  # how large is a checkpoint?
+    limit = checkpoints(tmp_path)[0].stat().st_size            # of one step in stage 1: fewer moments than a later one has
+    out = tmp_path / "full"
+    process = processes.Process(target=out_of_disk, args=(out, limit))
+    process.start()
+    process.join()
+    assert process.exitcode == 3
+    message = (out / "error").read_text()
+    assert "File too large" in message and "\n" not in message and not list(out.rglob("*.tmp"))
+    good = checkpoints(out)
+    assert (f"last good checkpoint: {good[0]}" if good else "no checkpoint was written yet") in message
+    (out / "error").unlink()
+    run(out)
+    assert_same_run(out, whole[0])
