@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def command(target, **config):
-    choices = [f"{key}={value}" for key, value in dict(scale="smoke", **config).items()]
+    choices = [f"{key}={value}" for key, value in ({"scale": "smoke"} | config).items()]
     return [sys.executable, "-m", "snakemake", "--config", *choices, "--", target]
 
 
