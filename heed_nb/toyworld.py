@@ -353,7 +353,7 @@ def teacher_config(
     vision_hidden_size: int = 96,
     vision_depth: int = 2,
 ) -> Qwen3VLConfig:
-    "The toy teacher's configuration: 1.5M parameters at the defaults, heads of 32 channels, two query heads a key-value head."
+    "The toy teacher's configuration: 1.4M parameters at the defaults, heads of 32 channels, two query heads a key-value head."
     token = tokenizer.convert_tokens_to_ids
     heads = hidden_size // 32
     return Qwen3VLConfig(
