@@ -152,15 +152,18 @@ def reference_page(module, names, pages):
 
 
 def published_page(folder, pages):
-    "The page of a published scale: its tables, then its figures."
+    "The page of a published scale: its tables, then the figures that no table shows."
     target = pages / "published"
     target.mkdir(parents=True, exist_ok=True)
     parts = [f"# Published results: {folder.name}"]
     for table in sorted(folder.glob("tables/*.md")):
-        parts.append(re.sub(r"^#", "##", table.read_text(encoding="utf-8"), flags=re.M).strip())
+        text = re.sub(r"^#", "##", table.read_text(encoding="utf-8"), flags=re.M).strip()
+        parts.append(text.replace("](../figures/", f"]({folder.name}_"))
     for figure in sorted(folder.glob("figures/*.png")):
-        shutil.copy(figure, target / f"{folder.name}_{figure.name}")
-        parts.append(f"## {figure.stem.replace('_', ' ').capitalize()}\n\n![]({folder.name}_{figure.name})")
+        name = f"{folder.name}_{figure.name}"
+        shutil.copy(figure, target / name)
+        if not any(f"]({name})" in part for part in parts):
+            parts.append(f"## {figure.stem.replace('_', ' ').capitalize()}\n\n![]({name})")
     (target / f"{folder.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
