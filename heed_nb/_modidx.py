@@ -536,6 +536,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'heed_nb.toyworld._paper': ('toyworld.html#_paper', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld._read_loss': ('toyworld.html#_read_loss', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld._scene': ('toyworld.html#_scene', 'heed_nb/toyworld.py'),
+                                  'heed_nb.toyworld._sines': ('toyworld.html#_sines', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld._start_from': ('toyworld.html#_start_from', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld._textured': ('toyworld.html#_textured', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld._toy': ('toyworld.html#_toy', 'heed_nb/toyworld.py'),

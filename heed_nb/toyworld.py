@@ -327,7 +327,8 @@ class Toy:
     images: object        # its image processor
     text: dict            # fields of the decoder's config
     vision: dict          # fields of the tower's, beside its width and depth
-    depth: str = "depth"
+    sizes: tuple = ("depth", "out_hidden_size")       # the tower's fields for its depth and, if it has one, for the decoder's width
+    positions: str = ""   # the tower's table of learned positions, where it sees by no other where a patch stands: begins as sines
     fields: dict = field(default_factory=dict)        # of the config
     processing: dict = field(default_factory=dict)    # fields of the processor
 
@@ -342,7 +343,8 @@ TOYS = {
         BLOCKS | dict(num_position_embeddings=144, deepstack_visual_indexes=[0])),
     "internvl": Toy(
         "<IMG_CONTEXT>", ("<img>", "</img>", "<IMG_CONTEXT>"), GotOcr2ImageProcessorPil(size=dict(height=SIDE, width=SIDE), max_patches=4),
-        dict(model_type="qwen3", head_dim=32, rope_parameters=ROPE), LAYERS | dict(attention_bias=True), depth="num_hidden_layers",
+        dict(model_type="qwen3", head_dim=32, rope_parameters=ROPE), LAYERS | dict(attention_bias=True, layer_scale_init_value=1.),
+        sizes=("num_hidden_layers",), positions="model.vision_tower.embeddings.position_embeddings",
         fields=dict(image_seq_length=36), processing=dict(image_seq_length=36)),
     "glm4v": Toy(
         "<|begin_of_image|><|image|><|end_of_image|>", ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>"), Glm4vImageProcessorPil(**PATCHES),
@@ -350,7 +352,8 @@ TOYS = {
     "minicpmv": Toy(
         "<unk>", ("<image>", "</image>", "<unk>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
         MiniCPMVImageProcessor(patch_size=8, scale_resolution=SIDE, max_slice_nums=4, image_feature_size=36, use_image_id=False),
-        dict(head_dim=32, rope_parameters=ROPE), LAYERS, depth="num_hidden_layers", fields=dict(query_num=36))}
+        dict(head_dim=32, rope_parameters=ROPE), LAYERS,
+        sizes=("num_hidden_layers",), positions="vpm.embeddings.position_embedding.weight", fields=dict(query_num=36))}
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -398,9 +401,8 @@ def teacher_config(
 ) -> PreTrainedConfig:
     "The toy teacher's configuration: 1.5M parameters at the defaults, heads of 32 channels, two query heads a key-value head."
     toy, heads = _toy(model_type), hidden_size // 32
-    vision = toy.vision | {toy.depth: vision_depth} | dict(
+    vision = toy.vision | dict(zip(toy.sizes, (vision_depth, hidden_size))) | dict(
         hidden_size=vision_hidden_size, intermediate_size=2 * vision_hidden_size, initializer_range=.5 * vision_hidden_size ** -.5)
-    if toy.depth == "depth": vision |= dict(out_hidden_size=hidden_size)
     text = toy.text | dict(
         vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_hidden_layers,
         num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), max_position_embeddings=2048, tie_word_embeddings=True,
@@ -460,6 +462,15 @@ def _answer_loss(family, model, batch):
     logits = family.lm_head(model)(hidden[asked])
     return F.cross_entropy(logits, labels[asked]), (logits.argmax(-1) == labels[asked]).float().mean()
 
+def _sines(table):
+    "Fills a table of learned positions, with or without a first row that stands for no patch: from there a tower finds a neighbour in hundreds of steps."
+    rows, width = table.shape[-2:]
+    side = math.isqrt(rows)
+    turns = torch.arange(side)[:, None] * 100. ** -torch.linspace(0, 1, width // 4)
+    line = torch.cat([turns.sin(), turns.cos()], -1)
+    across, down = line.expand(side, side, -1), line[:, None].expand(side, side, -1)
+    table.data[..., rows - side * side:, :] = .5 * torch.cat([down, across], -1).flatten(0, 1)
+
 def _start_from(decoder, start):
     "Takes over what fits of another teacher's decoder: tensors of the same name and shape, the shared rows of the embedding."
     ours, model = decoder.state_dict(), load_teacher(start)[0]
@@ -492,6 +503,7 @@ def train_teacher(
     parameters = dict(model.named_parameters()) | {f"heads.{n}": p for n, p in heads.named_parameters()}
     decoder = {id(p) for part in (family.decoder(model), family.lm_head(model)) for p in part.parameters()}
     if start: _start_from(family.decoder(model), start)
+    if TOYS[model_type].positions: _sines(model.get_parameter(TOYS[model_type].positions))
     checkpoint, history, spent, began = out / "checkpoint.safetensors", [], 0., time.perf_counter()
     for phase, steps in (("read", read_steps), ("answer", answer_steps)):
         for name, p in parameters.items(): p.requires_grad_((id(p) in decoder) == (phase == "answer"))
