@@ -258,9 +258,11 @@ class Scale:
     teachers: dict = field(default_factory=dict)  # every teacher, `teacher` too -> arguments of toyworld.train_teacher; {}: it is given
     conditions: tuple = ("C0", "C1", "C2", "C3", "C4")  # of Tables 1 and 6; a notebook of nbs/paper that shows others names them
     seeds: tuple = (0,)
-    family_seeds: tuple = (0,)              # of Table 6's other teachers
+    more_seeds: dict = field(default_factory=dict)  # condition -> seeds that it has beside `seeds`
+    family_seeds: tuple = (0,)              # of Table 6's other teachers and of the open points
     budgets: tuple = ()                     # token budgets of the curve; empty: no curve
     init: str = "paper"                     # start of the mixers' new parameters
+    open_points: tuple = ()                 # which choices of heed_nb/paper/open_points.csv are tried, e.g. "init=mamba"
     data: str = "toyworld"                  # which documents train and which ten tasks evaluate
     train: dict = field(default_factory=dict)     # fields of TrainSettings
     evaluate: dict = field(default_factory=dict)  # questions (a benchmark), batch_size
@@ -273,6 +275,15 @@ class Scale:
     ) -> TrainSettings:
         "The settings of one training run."
         return TrainSettings(token_budget=self.token_budget if token_budget is None else token_budget, seed=seed, **self.train)
+
+    def takes(
+        self,
+        condition: str,
+        seed: int,
+    ) -> bool:
+        "Whether the scale runs a condition with a seed: not with one that `more_seeds` gives to others alone."
+        given = [seeds for seeds in self.more_seeds.values() if seed in seeds]
+        return seed in self.seeds or not given or seed in self.more_seeds.get(condition, ())
 
     def get_teacher(
         self,
@@ -363,7 +374,7 @@ def load_scale(
         if key not in values:
             raise ValueError(f"{where} lacks {key!r}")
     for key, default in (("teacher", ""), ("token_budget", 1), ("conditions", ()), ("seeds", ()), ("budgets", ()),
-                         ("family_seeds", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {})):
+                         ("family_seeds", ()), ("more_seeds", {}), ("open_points", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {})):
         if key in values:
             values[key] = checked(values[key], default, key)
     for section, allowed in SECTION_KEYS.items():
@@ -375,6 +386,10 @@ def load_scale(
     for key in ("seeds", "family_seeds", "budgets"):
         for value in values.get(key, ()):
             checked(value, 1, key)
+    for condition, seeds in values.get("more_seeds", {}).items():
+        values["more_seeds"] = values["more_seeds"] | {get_condition(condition).name: checked(seeds, (), f"more_seeds of {condition}")}
+        for seed in seeds:
+            checked(seed, 1, f"more_seeds of {condition}")
     for key, allowed in (("init", INITS), ("data", DATA)):
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"unknown {key} {values[key]!r}; one of {', '.join(allowed)}")

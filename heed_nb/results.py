@@ -125,10 +125,10 @@ def run_name(
     return f'{teacher}/{name}' if teacher else name
 
 def parse_run_name(
-    name: str,        # a folder's name
+    name: str,        # a folder's name; one with "=" is of a run with overrides, which is no condition's
 ) -> dict | None:     # condition, seed, token_budget (None for the teacher), teacher (None for the one of Table 1); None if it is not a run's
     "The inverse of `run_name`."
-    match = re.fullmatch(r'((?P<teacher>[^/]+)/)?(?P<condition>C0|[^/]+(?=-seed))(-seed(?P<seed>\d+)-budget(?P<token_budget>\d+))?', name)
+    match = re.fullmatch(r'((?P<teacher>[^/]+)/)?(?P<condition>C0|[^/=]+(?=-seed))(-seed(?P<seed>\d+)-budget(?P<token_budget>\d+))?', name)
     return match and dict(condition=match['condition'], **{key: int(match[key]) if match[key] else None for key in ('seed', 'token_budget')}, teacher=match['teacher'])
 
 # %% ../nbs/60_results.ipynb #c020
@@ -148,7 +148,7 @@ def read_runs(
 # %% ../nbs/60_results.ipynb #c023
 import pandas as pd
 
-from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING, scales_folder
+from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING, Scale, scales_folder
 
 # %% ../nbs/60_results.ipynb #c024
 PAPER = Path(heed_nb.__file__).parent/'paper'
@@ -366,9 +366,10 @@ def missing_runs(
     conditions: tuple[str, ...],
     seeds: tuple[int, ...],
     teacher: str | None = None,      # the name of another teacher; None: the one of Table 1
+    scale: Scale | None = None,      # leaves out the seeds that it has for other conditions alone
 ) -> list[str]:                      # names of `run_name`
     "The runs a table asks for and does not find."
-    wanted = [run_name(c, s, token_budget, teacher) for c in conditions for s in ([None] if c == 'C0' else seeds)]
+    wanted = [run_name(c, s, token_budget, teacher) for c in conditions for s in ([None] if c == 'C0' else seeds) if c == 'C0' or scale is None or scale.takes(c, s)]
     return [name for name in wanted if name not in set(scores.run)]
 
 def _names(runs):
@@ -708,7 +709,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from .conditions import Scale
 
 def paper_value(
     expression: str,  # "0.63", "0.143 - 0.041", or cells "TABLE[ROW COLUMN]" with + - and / between

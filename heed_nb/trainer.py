@@ -8,8 +8,8 @@ __all__ = ['check_trainable', 'stage_ends', 'stage_at', 'learning_rate', 'epoch_
            'sample_densities', 'build_density_cache', 'with_density_keys', 'cached_density', 'Reached',
            'stopping_after', 'replaced_layers', 'aligned_outputs', 'forced', 'attention_inputs', 'attention_matrix',
            'orientation_loss', 'optimizer_of', 'locked', 'sync', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
-           'last_good', 'rewind_log', 'save_student', 'Phases', 'step_loss', 'fingerprint', 'check_same_run', 'distill',
-           'averaged', 'train']
+           'last_good', 'rewind_log', 'save_student', 'Phases', 'step_loss', 'fingerprint', 'check_same_run',
+           'OutOfTime', 'distill', 'averaged', 'train']
 
 # %% ../nbs/32_trainer.ipynb #c002
 import fcntl
@@ -582,6 +582,10 @@ def check_same_run(saved: dict, wanted: dict, folder: Path) -> None:
             raise ValueError(f"{folder} holds a run with another {part} ({saved[part]}, this one is {wanted[part]}); choose another folder or remove it")
 
 
+class OutOfTime(Exception):
+    "A run was stopped by its deadline. Its last checkpoint is of the last step."
+
+
 def distill(
     student: nn.Module,        # from to_hybrid; it is trained in place
     teacher: nn.Module,        # it was made from this one
@@ -593,10 +597,11 @@ def distill(
     *,
     processor=None,            # saved beside the student; needed with settings.density_cache, which also needs samples with `images`
     progress: bool = True,     # show a bar
+    deadline: float | None = None,  # time.time() after which it stops at the end of a step; for one process
 ) -> dict:                     # tokens, steps, seconds, tokens_per_second, phase_seconds, loss and terms by stage
     """Distils the teacher into the student and saves it in `out`/student.
 
-    Raises ValueError on a condition that can't be trained or is not the student's, a density cache that is not the teacher's, a folder in use or of
+    Raises OutOfTime at the deadline; ValueError on a condition that can't be trained or is not the student's, a density cache that is not the teacher's, a folder in use or of
     another run, a bad sample; FloatingPointError on a loss that is not finite; OSError on a full disk. Earlier results stay as they are."""
     check_trainable(condition)
     if (built := student.config.get_text_config().mixer) != condition.mixer:
@@ -609,11 +614,13 @@ def distill(
     out, accelerator = Path(out), Accelerator()
     if settings.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size is {settings.batch_size}; {accelerator.num_processes} processes can't share it evenly")
+    if deadline is not None and accelerator.num_processes > 1:
+        raise ValueError(f"a deadline is for one process; {accelerator.num_processes} share this run")
     with locked(out) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         pair_with_teacher(student, teacher)
         try:
-            numbers = train(student, dataset, collate, condition, settings, out, accelerator, progress, cache)
+            numbers = train(student, dataset, collate, condition, settings, out, accelerator, progress, cache, deadline)
         finally:
             unpair(student)
         if accelerator.is_main_process:
@@ -643,6 +650,7 @@ def train(
     accelerator: Accelerator,
     progress: bool,
     cache: DensityCache | None = None,  # of the density that the condition needs; None: it is computed
+    deadline: float | None = None,
 ) -> dict:
     "The steps of `distill`, from the last checkpoint to the end of the budget. Several processes share each batch; the first one writes."
     device, main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
@@ -750,8 +758,11 @@ def train(
                     board.add_scalar(name, value, step)
             except OSError as error:
                 raise OSError(f"can't write the log of {where} ({error}); {last_good(out)}") from None
-            if step % settings.checkpoint_every == 0 or tokens >= settings.token_budget:
+            late = deadline is not None and time.time() >= deadline and tokens < settings.token_budget
+            if late or step % settings.checkpoint_every == 0 or tokens >= settings.token_budget:
                 save()
+            if late:
+                raise OutOfTime(f"stopped at {tokens} of {settings.token_budget} tokens; called again, {out} goes on from there")
     accelerator.wait_for_everyone()
 
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -85,6 +85,9 @@ def test_a_scale_is_read_from_below_the_repository(scale_file):
     ({"data": "laion"}, "unknown data 'laion'; one of toyworld, paper"),
     ({"evaluate.questions": 0}, "evaluate.questions is 0"),
     ({"family_seeds": ["all"]}, "family_seeds is 'all'"),
+    ({"more_seeds": {"C9": [3]}}, "unknown condition 'C9'"),
+    ({"more_seeds": {"C3": 3}}, "more_seeds of C3 is 3"),
+    ({"more_seeds": {"C3": ["x"]}}, "more_seeds of C3 is 'x'"),
     ({"teachers": ["t"]}, "teachers is ['t']"),
     ({"teachers": {"t": 600}}, "teachers: 't' is 600; it takes arguments of train_teacher"),
     ({"teachers": {"a/toy": None, "b/toy": None}}, "teachers 'a/toy' and 'b/toy' have one name"),
@@ -104,6 +107,20 @@ def test_the_teachers_of_a_scale(scale_file):
     assert [scale.get_teacher(t) for t in (None, "t", "x/c")] == [("t", None), ("t", None), ("x/c", "c")]
     with pytest.raises(ValueError, match="^unknown teacher 'c' of scale tiny; one of t, hub/b, x/c$"):
         scale.get_teacher("c")
+
+
+def test_more_seeds_are_of_their_conditions_alone(scale_file):
+    scale = load_scale("tiny", {"seeds": [0, 1], "more_seeds": {"C3": [3], "C4": [3, 4]}})
+    taken = {c: [s for s in range(6) if scale.takes(c, s)] for c in ("C1", "C3", "C4")}
+    assert taken == {"C1": [0, 1, 2, 5], "C3": [0, 1, 2, 3, 5], "C4": [0, 1, 2, 3, 4, 5]}  # 2 and 5 are nobody's: a call may ask for them
+
+
+def test_small_has_the_seeds_and_budgets_of_the_contrast(root, monkeypatch):
+    monkeypatch.chdir(root)
+    small = load_scale("small")
+    seeds = {c: [s for s in (*small.seeds, *small.more_seeds.get(c, ())) if small.takes(c, s)] for c in small.conditions}
+    assert {"C1", "C2", "C3", "C4", "C4-shuffled"} <= seeds.keys() and all(len(set(s)) >= (5 if c in ("C3", "C4") else 3) for c, s in seeds.items())
+    assert len(set(small.budgets)) >= 4 and small.token_budget in small.budgets
 
 
 def test_an_unknown_scale_and_an_unknown_condition_name_what_there_is(scale_file, tmp_path, monkeypatch):

@@ -71,12 +71,12 @@ def collate(samples):
                 image_grid_thw=torch.tensor([[1, 4, 4]] * len(samples)), keys=[s["key"] for s in samples])
 
 
-def run(out, condition="C4", settings=SETTINGS, data=Noise(), teacher_seed=0, before=None):
+def run(out, condition="C4", settings=SETTINGS, data=Noise(), teacher_seed=0, before=None, deadline=None):
     if before:
         before()
     teacher, recipe = tiny_teacher(teacher_seed), CONDITIONS[condition] if isinstance(condition, str) else condition
     model = to_hybrid(teacher, mixer=recipe.mixer, weight_transfer=recipe.weight_transfer, seed=settings.seed)
-    return distill(model, teacher, data, collate, recipe, settings, out, progress=False)
+    return distill(model, teacher, data, collate, recipe, settings, out, progress=False, deadline=deadline)
 
 
 def log(out):
@@ -360,6 +360,15 @@ def test_random_masks_and_shuffles_are_of_the_run_and_the_sample():
             heavy = (row > 2 * low).nonzero().flatten()
             assert sorted(heavy.tolist()) == sorted(ranked.topk(chosen).indices.tolist())
             torch.testing.assert_close(row[heavy], 5 * low.expand(chosen))
+
+
+def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
+    for step in (1, 2, 3):
+        with pytest.raises(trainer.OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"):
+            run(tmp_path, deadline=time.time())
+        assert trainer.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path)) and not (tmp_path / "student").exists()
+    run(tmp_path, deadline=time.time() + 3600)
+    assert_same_run(tmp_path, whole[0])
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, whole, processes):
