@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -21,22 +22,23 @@ families = pytest.mark.parametrize("family", tiny.TINY)
 PREDICTORS = ("density", "visual", "depth", "attention")
 
 
-@pytest.fixture(scope="module")
-def models():
-    "A function: the teacher, its untrained hybrid and the processor of a family."
-    made = {}
-
-    def make(family):
-        if family not in made:
-            teacher = tiny.teacher(family)
-            made[family] = teacher, to_hybrid(teacher), tiny.processor(family)
-        return made[family]
-
-    return make
+@cache
+def models(family="qwen3_vl"):
+    "The teacher, its untrained hybrid and the processor of a family."
+    teacher = tiny.teacher(family)
+    return teacher, to_hybrid(teacher), tiny.processor(family)
 
 
 def documents(n, seed=0):
     return [Sample(f"page-{i}", [tiny.page(48, 64, seed + i)], [("read it", f"{i} and {7 * i}"), ("again?", "no")][: 1 + i % 2]) for i in range(n)]
+
+
+@cache
+def measured(family="qwen3_vl"):
+    "A batch of three documents and what `token_measures` says of it."
+    teacher, student, processor = models(family)
+    batch = collate(documents(3), processor)
+    return batch, token_measures(teacher, student, batch)
 
 
 def model_inputs(batch): return {name: value for name, value in batch.items() if name not in ("labels", "keys")}
@@ -46,17 +48,15 @@ def model_inputs(batch): return {name: value for name, value in batch.items() if
 
 @families
 @torch.no_grad()
-def test_measures_are_those_of_the_whole_models(family, models):
-    teacher, student, processor = models(family)
-    batch = collate(documents(3), processor)
-    measured = token_measures(teacher, student, batch)
+def test_measures_are_those_of_the_whole_models(family):
+    (teacher, student, processor), (batch, measures) = models(family), measured(family)
     residuals = {}
     for name, model in (("teacher", teacher), ("student", student)):
         handles = [layer.register_forward_hook(lambda m, a, out, key=(name, i): residuals.__setitem__(key, out)) for i, layer in enumerate(family_of(model).layers(model))]
         model(**model_inputs(batch))
         for handle in handles: handle.remove()
     density = family_of(teacher).density(family_of(teacher).language_inputs(teacher, batch))
-    for i, tokens in enumerate(measured):
+    for i, tokens in enumerate(measures):
         there = batch["attention_mask"][i].bool()
         visual = (batch["input_ids"][i] == processor.image_token_id)[there]
         assert tokens.visual.tolist() == visual.tolist()
@@ -70,14 +70,12 @@ def test_measures_are_those_of_the_whole_models(family, models):
 
 @families
 @torch.no_grad()
-def test_attention_is_what_the_model_returns(family, models):
-    teacher, student, processor = models(family)
-    batch = collate(documents(3), processor)
-    measured = token_measures(teacher, student, batch)
+def test_attention_is_what_the_model_returns(family):
+    batch, measures = measured(family)
     eager = tiny.teacher(family)
     eager.set_attn_implementation("eager")
     attentions = eager(**model_inputs(batch), output_attentions=True).attentions
-    for i, tokens in enumerate(measured):
+    for i, tokens in enumerate(measures):
         n = int(batch["attention_mask"][i].sum())
         asking = [p for p in range(n - 1) if batch["labels"][i, p + 1] != -100]
         for layer, weights in enumerate(attentions):
@@ -96,37 +94,33 @@ def test_concentration_of_uniform_and_of_one_position():
     assert_close(attention_concentration(over[torch.randperm(64)]), torch.tensor(0.5))
 
 
-def test_a_student_may_be_of_another_precision_or_no_hybrid(models):
-    teacher, student, processor = models("qwen3_vl")
-    batch = collate(documents(2), processor)
-    other = tiny.teacher("qwen3_vl", seed=1)
-    assert all((tokens.drift[0] > 0).all() for tokens in token_measures(teacher, other, batch))
-    half, full = (token_measures(teacher, s, batch)[0].drift for s in (to_hybrid(teacher).bfloat16(), student))
+def test_a_student_may_be_of_another_precision_or_no_hybrid():
+    (teacher, _, _), (batch, measures) = models(), measured()
+    assert all((tokens.drift[0] > 0).all() for tokens in token_measures(teacher, tiny.teacher("qwen3_vl", seed=1), batch))
+    half, full = token_measures(teacher, to_hybrid(teacher).bfloat16(), batch)[0].drift, measures[0].drift
     assert half.dtype == np.float32 and 0 < np.abs(half - full).max() < 0.2 * full.max()
 
 
-def test_token_table_holds_every_position_and_layer(models):
-    teacher, student, processor = models("qwen3_vl")
-    measured = token_measures(teacher, student, collate(documents(3), processor))
-    table = token_table(measured, layers=[2, 0])
-    assert tuple(table.columns[3:]) == COLUMNS and len(table) == sum(2 * len(tokens.density) for tokens in measured)
+def test_token_table_holds_every_position_and_layer():
+    measures = measured()[1]
+    table = token_table(measures, layers=[2, 0])
+    assert tuple(table.columns[3:]) == COLUMNS and len(table) == sum(2 * len(tokens.density) for tokens in measures)
     row = table[(table.image == 1) & (table.depth == 2) & (table.position == 5)].iloc[0]
-    assert (row.drift, row.attention, row.density) == (measured[1].drift[2, 5], measured[1].attention[2, 5], measured[1].density[5])
+    assert (row.drift, row.attention, row.density) == (measures[1].drift[2, 5], measures[1].attention[2, 5], measures[1].density[5])
 
 
 # Importance
 
 @families
 @torch.no_grad()
-def test_hidden_positions_might_as_well_not_be_there(family, models):
-    teacher, _, processor = models(family)
-    batch = collate(documents(2), processor)
+def test_hidden_positions_might_as_well_not_be_there(family):
+    teacher, batch = models(family)[0], measured(family)[0]
     inputs, labels = family_of(teacher).language_inputs(teacher, batch), batch["labels"]
     where = inputs.visual_mask & (torch.arange(labels.shape[1]) % 3 == 0)
     hidden = answer_score(teacher, hide(inputs, where), labels)
     assert (hidden - answer_score(teacher, inputs, labels)).abs().min() > 1e-4
     head, decoder = family_of(teacher).lm_head(teacher), family_of(teacher).decoder(teacher)
-    for i in range(2):
+    for i in range(3):
         keep = ~where[i] & batch["attention_mask"][i].bool()
         given, visual = inputs.kwargs, keep[inputs.visual_mask[i]]
         kwargs = dict(inputs_embeds=given["inputs_embeds"][i:i + 1, keep], use_cache=False)
@@ -143,7 +137,7 @@ def test_hidden_positions_might_as_well_not_be_there(family, models):
 
 @families
 @torch.no_grad()
-def test_answer_score_is_the_models_own_loss(family, models):
+def test_answer_score_is_the_models_own_loss(family):
     teacher, _, processor = models(family)
     batch = collate(documents(1, seed=3), processor)
     inputs = family_of(teacher).language_inputs(teacher, batch)
@@ -151,17 +145,16 @@ def test_answer_score_is_the_models_own_loss(family, models):
     assert_close(answer_score(teacher, inputs, batch["labels"])[0], -loss, rtol=1e-5, atol=1e-5)
 
 
-def test_importance_of_what_the_answer_can_not_see(models):
-    teacher, _, processor = models("qwen3_vl")
-    batch = collate(documents(3), processor)
+def test_importance_of_what_the_answer_can_not_see():
+    batch = measured()[0]
     last = torch.stack([torch.arange(row.numel()) > row.nonzero().max() for row in predicts_answer(batch["labels"])])
     for ablate in (None, 0, 2):
-        after, before = answer_importance(teacher, batch, lambda visual: [last, visual], ablate=ablate).T
+        after, before = answer_importance(models()[0], batch, lambda visual: [last, visual], ablate=ablate).T
         assert np.abs(after).max() < 1e-5 and np.abs(before).min() > 1e-4
 
 
-def test_groups_take_each_visual_position_once(models):
-    teacher, student, processor = models("qwen3_vl")
+def test_groups_take_each_visual_position_once():
+    teacher, student, processor = models()
     batch = collate([Sample("wide", [tiny.page(96, 64)], [("a", "b")]), Sample("tall", [tiny.page(48, 64)], [("a", "b")])], processor)
     visual = batch["input_ids"] == processor.image_token_id
     for groups in (decile_groups(token_measures(teacher, student, batch))(visual), list(one_by_one(visual))):
@@ -290,8 +283,8 @@ def test_fewer_images_than_the_bootstrap_needs(draws, needed):
 
 # All of it
 
-def test_diagnosis_agrees_with_its_own_table(models):
-    teacher, student, processor = models("qwen3_vl")
+def test_diagnosis_agrees_with_its_own_table():
+    teacher, student, processor = models()
     small = [Sample("small", [tiny.page(32, 32)], [("read", "it")])]        # four visual tokens make no deciles
     text = [Sample("text", [], [("read", "it")])]
     numbers, table = diagnose(teacher, student, processor, [*documents(4), *text, *small, *documents(4, seed=9)], batch_size=3, table_images=99, one_by_one_images=7, ablate=1)
@@ -311,8 +304,8 @@ def test_diagnosis_agrees_with_its_own_table(models):
     for name in ("importance", "ablation", "importance, one by one", "relative drift", "drift, text included"): assert len(numbers["deciles"][name]["mean"]) == 10
 
 
-def test_decile_importance_does_not_depend_on_the_batch(models):
-    teacher, student, processor = models("qwen3_vl")
+def test_decile_importance_does_not_depend_on_the_batch():
+    teacher, student, processor = models()
     first, second = (diagnose(teacher, student, processor, documents(7), batch_size=size)[0]["deciles"]["importance"]["mean"] for size in (1, 4))
     np.testing.assert_allclose(first, second, atol=1e-4)
 
@@ -320,13 +313,13 @@ def test_decile_importance_does_not_depend_on_the_batch(models):
 @pytest.mark.parametrize("student, message", [
     (lambda t: tiny.teacher("qwen3_vl", layers=8), "the student's num_hidden_layers is 8, the teacher's 4; they must be the same"),
     (lambda t: tiny.teacher("glm4v"), "the student is a glm4v, the teacher a qwen3_vl; they must be of one family")])
-def test_models_that_can_not_be_compared(student, message, models):
-    teacher, _, processor = models("qwen3_vl")
+def test_models_that_can_not_be_compared(student, message):
+    teacher, _, processor = models()
     with pytest.raises(ValueError, match=message): diagnose(teacher, student(teacher), processor, documents(7))
 
 
-def test_what_can_not_be_diagnosed_is_named(models):
-    teacher, student, processor = models("qwen3_vl")
+def test_what_can_not_be_diagnosed_is_named():
+    teacher, student, processor = models()
     with pytest.raises(ValueError, match="the teacher has no attention in layers"): diagnose(student, teacher, processor, documents(7))
     with pytest.raises(ValueError, match="6 images are too few"): diagnose(teacher, student, processor, documents(6))
     with pytest.raises(ValueError, match="6 images are too few"): diagnose(teacher, student, processor, [*documents(6), Sample("text", [], [("a", "b")])])
@@ -341,8 +334,8 @@ def test_what_can_not_be_diagnosed_is_named(models):
 
 
 @pytest.mark.slow
-def test_run_of_two_models_on_disk(root, models, tmp_path):
-    teacher, student, processor = models("qwen3_vl")
+def test_run_of_two_models_on_disk(root, tmp_path):
+    teacher, student, processor = models()
     for name, model in (("teacher", teacher), ("student", student)):
         for part in (model, processor): part.save_pretrained(tmp_path / name)
     lines = []

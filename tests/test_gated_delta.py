@@ -12,20 +12,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_g
 import heed_nb.gated_delta
 from heed_nb.gated_delta import gated_delta, gated_delta_reference, gated_delta_step
 from heed_nb.ssd import ssd_reference
+from test_ssd import CUTS, SHAPES
 
 torch.set_num_threads(1)
-
-# name: T, H, G, K, V, chunk_size
-SHAPES = {
-    "one position": (1, 2, 1, 4, 4, None),
-    "shorter than a chunk": (5, 2, 2, 4, 6, 8),
-    "one chunk": (16, 2, 1, 3, 5, 16),
-    "chunks divide": (48, 4, 2, 4, 4, 16),
-    "chunks do not divide": (50, 4, 4, 5, 3, 16),
-    "chunks of one": (7, 2, 2, 2, 3, 1),
-    "default chunk": (37, 6, 3, 4, 4, None),
-    "default chunks, long": (300, 2, 1, 4, 4, None),
-}
 
 def inputs(T, H, G, K, V, dtype=torch.float32, initial_state=True, seed=0, batch=2):
     generator = torch.Generator().manual_seed(seed)
@@ -177,8 +166,6 @@ def test_extreme_decays_stay_finite(decay):
     for ours, reference in zip(outputs_and_gradients(gated_delta, args, chunk_size=32), outputs_and_gradients(gated_delta_reference, args)):
         assert ours.isfinite().all()
         assert_close(ours, reference, atol=1e-3 * max(1, reference.abs().max().item()), rtol=1e-3)
-
-CUTS = {"several": [0, 5, 24, 25, 60], "an empty one": [0, 16, 16, 30, 60], "one": [0, 60]}
 
 @pytest.mark.parametrize("f", [gated_delta, gated_delta_reference])
 @pytest.mark.parametrize("ends", CUTS.values(), ids=CUTS)

@@ -14,7 +14,7 @@ from heed_nb.ssd import KERNELS, choose_backend, ssd, ssd_reference, ssd_step
 
 torch.set_num_threads(1)
 
-# name: T, H, G, P, N, chunk_size
+# name: T, H, G, the two widths of the state, chunk_size
 SHAPES = {
     "one position": (1, 2, 1, 4, 4, None),
     "shorter than a chunk": (5, 2, 2, 4, 6, 8),
