@@ -212,6 +212,7 @@ class TrainSettings:
     reduce: str = "mean"                     # patches to tokens: "mean" or "max"
     temper: float = 1.0                      # exponent of C5's gradient weights: 1 is Eq. 7, 0 uniform
     density_cache: str | None = None         # a file of heed_nb.density_cache to read density from; None: it is computed at each step
+    gradient_cache: str | None = None        # the same for the sensitivities of C5, +LD or +SL
     kl_weight: float = 1.0                   # Eq. 1
     ce_weight: float = 0.1
     kl_chunk: int = 1024                     # tokens whose logits are held at once
@@ -241,8 +242,9 @@ class TrainSettings:
             raise ValueError(f"betas is {self.betas!r}; two numbers in 0..1")
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise ValueError(f"threads is {self.threads!r}; a whole number above 0, or nothing")
-        if self.density_cache is not None and (not isinstance(self.density_cache, str) or not self.density_cache):
-            raise ValueError(f"density_cache is {self.density_cache!r}; the path of a density cache, or nothing")
+        for name in ("density_cache", "gradient_cache"):
+            if (path := getattr(self, name)) is not None and (not isinstance(path, str) or not path):
+                raise ValueError(f"{name} is {path!r}; the path of a cache, or nothing")
         for name, allowed in (("normalize_over", ("all", "visual")), ("reduce", ("mean", "max")), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; one of {', '.join(allowed)}")

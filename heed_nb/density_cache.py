@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'HALVES', 'FILE', 'RECORD', 'FILE_MAGIC', 'RECORD_MAGIC', 'INDEX_MAGIC', 'VERSION', 'LONGEST_KEY',
-           'quantize', 'dequantize', 'DensityCacheWriter', 'MissingRecord', 'DensityCache', 'density_key', 'build',
-           'merge']
+           'quantize', 'dequantize', 'DensityCacheWriter', 'MissingRecord', 'DensityCache', 'density_key', 'image_keys',
+           'build', 'merge']
 
 # %% ../nbs/14_density_cache.ipynb #c002
 import fcntl
@@ -354,6 +354,7 @@ class DensityCache(Mapping):
 def density_key(
     images: Sequence[Image.Image],  # of the sample, in order
     identity: dict[str, str],       # of the cache
+    tokens: Sequence[Tensor] = (),  # what else its record depends on: token ids and labels, for sensitivities
 ) -> str:                           # 24 hexadecimal digits
     "The key of a sample in a cache. Raises ValueError on what is not a PIL image."
     digest = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12)
@@ -361,13 +362,21 @@ def density_key(
         if not isinstance(image, Image.Image): raise ValueError(f"a key is made from PIL images, got {type(image).__name__}")
         about = (image.mode, image.size, image.getpalette(), image.info.get("transparency"), image.getexif().get(0x0112))  # how it lies
         digest.update(b"\0" + repr(about).encode() + b"\0" + image.tobytes())
+    for ids in tokens: digest.update(b"\1" + repr(tuple(ids.shape)).encode() + ids.long().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/14_density_cache.ipynb #c026
-def _new_densities(cache, densities, samples):
+def image_keys(
+    samples: list,             # with `images`
+    identity: dict[str, str],  # of the cache
+) -> list[str]:
+    "The keys under which a cache of densities holds these samples."
+    return [density_key(sample.images, identity) for sample in samples]
+
+def _new_densities(cache, densities, keys, samples):
     "Keys and densities of the samples that the cache lacks; the error if there is one, since one that a worker raises loses its plain line."
     try:
-        new = {density_key(sample.images, cache.identity): sample for sample in samples}
+        new = dict(zip(keys(samples, cache.identity), samples, strict=True))
         new = {key: sample for key, sample in new.items() if key not in cache}
         return [(key, np.asarray(rho)) for key, rho in zip(new, densities(list(new.values())), strict=True)] if new else []
     except ValueError as error: return ValueError(f"{error}, in samples {', '.join(sample.key for sample in samples)}")
@@ -378,6 +387,7 @@ def build(
     densities: Callable[[list], list[Tensor]],         # samples -> the density of each, [tokens]
     identity: dict[str, str],                          # what the densities depend on
     *,
+    keys: Callable[[list, dict], list[str]] = image_keys,  # samples, identity -> the key of each
     indices: Iterable[int] | None = None,              # which samples; None: all
     processes: int = 0,                                # that compute; 0: this one does
     batch_size: int = 32,                              # samples at once
@@ -387,7 +397,7 @@ def build(
     indices = list(range(len(dataset)) if indices is None else indices)
     with DensityCacheWriter(path, identity) as writer:
         loader = DataLoader(dataset, batch_sampler=BatchSampler(indices, batch_size, drop_last=False), num_workers=processes,
-                            collate_fn=partial(_new_densities, DensityCache(path), densities))
+                            collate_fn=partial(_new_densities, DensityCache(path), densities, keys))
         with tqdm(total=len(indices), unit="sample", disable=not progress, mininterval=1) as bar:
             for batch in loader:
                 if isinstance(batch, ValueError): raise batch

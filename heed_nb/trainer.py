@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['check_trainable', 'stage_ends', 'stage_at', 'learning_rate', 'epoch_order', 'batch_indices', 'BatchOrder',
-           'random_scores', 'shuffled_weights', 'mask_weights', 'alignment_weights', 'density_identity',
-           'sample_densities', 'build_density_cache', 'with_density_keys', 'cached_density', 'Reached',
-           'stopping_after', 'replaced_layers', 'aligned_outputs', 'forced', 'attention_inputs', 'attention_matrix',
-           'orientation_loss', 'optimizer_of', 'locked', 'sync', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
-           'last_good', 'rewind_log', 'save_student', 'Phases', 'step_loss', 'fingerprint', 'check_same_run',
-           'OutOfTime', 'distill', 'averaged', 'train']
+           'random_scores', 'shuffled_weights', 'mask_weights', 'variant_of', 'alignment_weights', 'density_identity',
+           'processor_identity', 'gradient_identity', 'sample_densities', 'build_density_cache', 'teacher_sensitivity',
+           'sample_sensitivities', 'token_keys', 'build_gradient_cache', 'keys_of_collated', 'with_cache_keys',
+           'cached_values', 'open_cache', 'Reached', 'stopping_after', 'replaced_indices', 'replaced_layers',
+           'aligned_outputs', 'forced', 'attention_inputs', 'attention_matrix', 'orientation_loss', 'optimizer_of',
+           'locked', 'sync', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'last_good', 'rewind_log',
+           'save_student', 'Phases', 'step_loss', 'fingerprint', 'check_same_run', 'OutOfTime', 'distill', 'averaged',
+           'train']
 
 # %% ../nbs/32_trainer.ipynb #c002
 import fcntl
@@ -19,7 +21,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -38,8 +40,8 @@ from tqdm import tqdm
 
 from .conditions import CONDITIONS, Condition, TrainSettings
 from .density import position_weights
-from .density_cache import DensityCache, build, density_key
-from .fisher import answer_risk, gradient_weights, residual_sensitivity
+from .density_cache import DensityCache, build, density_key, image_keys
+from .fisher import answer_risk, compress, expand, gradient_weights, residual_sensitivity
 from .hybrid import mixer_parameters, pair_with_teacher, teacher_path, transferred_parameters, unpair
 from .losses import kd_terms, matrix_orientation, next_is_text, record_inputs, record_outputs, residual_alignment
 from .teachers import Family, LanguageInputs, family_of
@@ -158,6 +160,14 @@ def mask_weights(
     return weights * present.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
+def variant_of(
+    kind: str,            # gradient weights of heed_nb.conditions.WEIGHTS
+    sensitivity: Tensor,  # [layers, B, T]
+) -> Tensor:              # [B, T], or [layers, B, T] for +LD
+    "What the weights are made of: Eq. 7's sum, each layer for itself, or the middle layer."
+    return {"gradient": sensitivity.sum(0), "layer_gradient": sensitivity, "single_layer_gradient": sensitivity[len(sensitivity) // 2]}[kind]
+
+
 def alignment_weights(
     condition: Condition,
     settings: TrainSettings,
@@ -165,15 +175,15 @@ def alignment_weights(
     inputs: LanguageInputs,
     attention_mask: Tensor,  # [B, T]
     keys: list[str],         # of the samples
-    cached: Callable[[Tensor], Tensor] | None = None,  # visual mask -> [B, T], the density of the batch; None: it is computed
-    sensitivity: Tensor | None = None,                 # [layers, B, T], for gradient weights
+    cached: Callable[[Tensor], Tensor] | None = None,  # mask -> the batch's values there: density, or sensitivity as `variant_of` has it; None: not cached
+    sensitivity: Tensor | None = None,                 # [layers, B, T], for gradient weights that are not cached
 ) -> Tensor:                 # [B, T], or [layers, B, T] for +LD; 0 at padding, each row sums to its unpadded length
     "w(p) of Eq. 5 as the condition wants it; the attention mask for Eq. 4."
     kind, visual = condition.weights, inputs.visual_mask
     if kind == "uniform":
         return attention_mask.float()
-    if sensitivity is not None:
-        sensitivity = {"gradient": sensitivity.sum(0), "layer_gradient": sensitivity, "single_layer_gradient": sensitivity[len(sensitivity) // 2]}[kind]
+    if "gradient" in kind:
+        sensitivity = expand(cached(attention_mask.bool())) if cached else variant_of(kind, sensitivity)
         return gradient_weights(sensitivity, attention_mask, temper=settings.temper)
     scores = random_scores(visual, keys, settings.seed) if kind in ("shuffled", "random_mask") else None
     if kind == "random_mask":
@@ -197,9 +207,27 @@ def density_identity(
     "What a sample's density depends on beside its images: the identity of a density cache."
     family, images = family_of(model), processor.image_processor
     decoder = {id(p) for part in (family.decoder(model), family.lm_head(model)) for p in part.parameters()}
-    identity = {"tower": fingerprint({name: p for name, p in model.named_parameters() if id(p) not in decoder}), "processor": type(images).__name__}
-    identity |= {f"processor.{name}": json.dumps(value, sort_keys=True, default=str) for name, value in images.to_dict().items()}
-    return identity | {"reduce": settings.reduce, "radius": "1"}
+    tower = fingerprint({name: p for name, p in model.named_parameters() if id(p) not in decoder})
+    return {"content": "density", "tower": tower, "reduce": settings.reduce, "radius": "1"} | processor_identity(images)
+
+
+def processor_identity(
+    images,              # a processor of images
+) -> dict[str, str]:
+    "Its class and settings."
+    settings = {f"processor.{name}": json.dumps(value, sort_keys=True, default=str) for name, value in images.to_dict().items()}
+    return {"processor": type(images).__name__} | settings
+
+
+def gradient_identity(
+    teacher: nn.Module,
+    processor,               # of the teacher
+    condition: Condition,    # with gradient weights
+    layers: Sequence[int],   # the aligned ones
+) -> dict[str, str]:
+    "What a sample's gradient weights depend on beside its images, tokens and labels: the identity of a gradient cache."
+    weights = fingerprint(dict(teacher.named_parameters()))
+    return {"content": condition.weights, "layers": json.dumps(list(layers)), "teacher": weights} | processor_identity(processor.image_processor)
 
 
 def sample_densities(
@@ -228,35 +256,119 @@ def build_density_cache(
     return build(path, dataset, partial(sample_densities, teacher, collate, settings), density_identity(teacher, processor, settings), **options)
 
 
-def with_density_keys(
+def teacher_sensitivity(
+    teacher: nn.Module,
+    inputs: LanguageInputs,
+    labels: Tensor,          # [B, T], -100 except at answer tokens
+    layers: Sequence[int],
+    *,
+    chunk_size: int = 1024,  # tokens whose logits are held at once
+) -> Tensor:                 # [layers, B, T] float32
+    "The squared gradient norms of Eq. 7 at these layers, 0 at padding."
+    family = family_of(teacher)
+    risk = lambda: answer_risk(family.decoder(teacher)(**inputs.kwargs).last_hidden_state, family.lm_head(teacher), labels, chunk_size=chunk_size)
+    return residual_sensitivity([family.layers(teacher)[i] for i in layers], risk)[1]
+
+
+def sample_sensitivities(
+    teacher: nn.Module,
+    collate: Callable,       # samples -> batch
+    condition: Condition,    # with gradient weights
+    layers: Sequence[int],   # the aligned ones
+    samples: list,
+) -> list[Tensor]:           # [positions] each, +LD: [layers positions]
+    "What a gradient cache keeps of each sample's unpadded positions, layer after layer for +LD."
+    batch = {k: v.to(teacher.device) for k, v in collate(samples).items() if isinstance(v, Tensor)}
+    with torch.no_grad():
+        inputs = family_of(teacher).language_inputs(teacher, batch)
+    found = variant_of(condition.weights, teacher_sensitivity(teacher, inputs, batch["labels"], layers))
+    return [compress(found[..., i, present]).flatten().cpu() for i, present in enumerate(batch["attention_mask"].bool())]
+
+
+def token_keys(
+    batch: dict,               # of `samples`
+    samples: list,             # with `images`
+    identity: dict[str, str],  # of the cache
+) -> list[str]:
+    "The keys under which a gradient cache holds these samples: their images, tokens and labels."
+    rows = zip(samples, batch["input_ids"], batch["labels"], batch["attention_mask"].bool())
+    return [density_key(sample.images, identity, (ids[present], labels[present])) for sample, ids, labels, present in rows]
+
+
+def build_gradient_cache(
+    path: str | Path,
+    teacher: nn.Module,
+    dataset,                 # map-style; samples with `key` and `images`
+    collate: Callable,       # samples -> batch
+    processor,               # of the teacher
+    condition: Condition,    # with gradient weights
+    layers: Sequence[int],   # the aligned ones, `replaced_indices` of the student
+    **options,               # indices, processes, batch_size, progress: see `heed_nb.density_cache.build`
+) -> DensityCache:
+    "The cache that runs of this condition can read, built or completed; any `temper` can be applied later. Raises what `build` raises, ValueError on other weights."
+    if "gradient" not in condition.weights:
+        raise ValueError(f"condition {condition.name!r} has the weights {condition.weights!r}; a gradient cache is for gradient weights")
+    identity = gradient_identity(teacher, processor, condition, layers)
+    keys = partial(keys_of_collated, collate)
+    return build(path, dataset, partial(sample_sensitivities, teacher, collate, condition, layers), identity, keys=keys, **options)
+
+
+def keys_of_collated(collate: Callable, samples: list, identity: dict[str, str]) -> list[str]:
+    "`token_keys` of samples that are not collated yet."
+    return token_keys(collate(samples), samples, identity)
+
+
+def with_cache_keys(
     collate: Callable,         # samples -> batch
     identity: dict[str, str],  # of the cache
     samples: list,             # with `images`
-) -> dict:                     # the batch, with density_keys
-    "A batch that says where the density of its samples stands."
-    return collate(samples) | {"density_keys": [density_key(sample.images, identity) for sample in samples]}
+) -> dict:                     # the batch, with cache_keys
+    "A batch that says where the records of its samples stand."
+    batch = collate(samples)
+    return batch | {"cache_keys": image_keys(samples, identity) if identity["content"] == "density" else token_keys(batch, samples, identity)}
 
 
-def cached_density(
+def cached_values(
     cache: DensityCache,
-    density_keys: list[str],  # of the samples in the cache
-    keys: list[str],          # of the samples, for errors
-    visual_mask: Tensor,      # [B, T] bool
-) -> Tensor:                  # [B, T], 0 at text
-    "The density of a batch. Raises ValueError naming the sample that the cache lacks, or whose record is of another length."
-    rows = [torch.zeros(0)]
-    for place, key, tokens in zip(density_keys, keys, visual_mask.sum(-1).tolist()):
+    cache_keys: list[str],       # of the samples in the cache
+    keys: list[str],             # of the samples, for errors
+    layers: int | None,          # records hold so many values a position, layer after layer; None: one
+    where: Tensor,               # [B, T] bool: the positions that the records hold
+) -> Tensor:                     # [B, T], or [layers, B, T]; 0 elsewhere
+    "What a cache holds of a batch. Raises ValueError naming the sample that the cache lacks, or whose record is of another length."
+    records = [torch.zeros(layers or 1, 0)]
+    for place, key, tokens in zip(cache_keys, keys, where.sum(-1).tolist()):
         if not tokens:
             continue
         try:
-            rows.append(cache[place])
+            record = cache[place]
         except KeyError as error:
-            raise ValueError(f"sample {key!r} is not in the density cache: {error}") from None
-        if len(rows[-1]) != tokens:
-            raise ValueError(f"sample {key!r} has {tokens} visual tokens, its record {place!r} in {cache.path} has {len(rows[-1])}")
-    density = torch.zeros(visual_mask.shape, device=visual_mask.device)
-    density[visual_mask] = torch.cat(rows).to(visual_mask.device)
-    return density
+            raise ValueError(f"sample {key!r} is not in the cache: {error}") from None
+        if len(record) != (layers or 1) * tokens:
+            raise ValueError(f"sample {key!r} takes a record of {(layers or 1) * tokens} values, {place!r} in {cache.path} has {len(record)}")
+        records.append(record.view(-1, tokens))
+    values = torch.zeros(layers or 1, *where.shape, device=where.device)
+    values[:, where] = torch.cat(records, 1).to(where.device)
+    return values if layers else values[0]
+
+
+def open_cache(
+    student: nn.Module,
+    teacher: nn.Module,
+    condition: Condition,
+    settings: TrainSettings,
+    processor,               # of the teacher, or None
+) -> DensityCache | None:
+    "The cache that the settings name for the condition's weights, if any. Raises ValueError on one of another kind, teacher or layers."
+    name = "gradient_cache" if "gradient" in condition.weights else "density_cache"
+    path = getattr(settings, name)
+    if not path or condition.weights not in ("density", "shuffled", "mask", "gradient", "layer_gradient", "single_layer_gradient"):
+        return None
+    if processor is None:
+        raise ValueError(f"{name} is {path!r}; to check it, distill needs the teacher's processor")
+    if name == "density_cache":
+        return DensityCache(path, density_identity(teacher, processor, settings))
+    return DensityCache(path, gradient_identity(teacher, processor, condition, replaced_indices(student)))
 
 # %% ../nbs/32_trainer.ipynb #c021
 class Reached(Exception):
@@ -278,13 +390,19 @@ def stopping_after(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def replaced_indices(
+    model: nn.Module,
+) -> list[int]:
+    "Indices of the layers with a mixer in their attention's place."
+    return [i for i, kind in enumerate(getattr(model.config.get_text_config(), "layer_types", None) or ()) if kind == "linear_attention"]
+
+
 def replaced_layers(
     student: nn.Module,
     family: Family,
 ) -> list[nn.Module]:
     "The decoder layers whose attention is a mixer now."
-    kinds = student.config.get_text_config().layer_types
-    return [layer for layer, kind in zip(family.layers(student), kinds) if kind == "linear_attention"]
+    return [family.layers(student)[i] for i in replaced_indices(student)]
 
 
 def aligned_outputs(
@@ -522,7 +640,7 @@ def step_loss(
     condition: Condition,
     settings: TrainSettings,
     phases: Phases,
-    cached: Callable[[Tensor], Tensor] | None = None,  # visual mask -> density of the batch; None: it is computed
+    cached: Callable[[Tensor], Tensor] | None = None,  # mask -> what a cache holds of the batch there, for `alignment_weights`; None: it is computed
 ) -> dict[str, Tensor]:  # "loss" first, then its terms
     "The distance of the matrices in Stage 0, the alignment loss in Stages 1/2 (Eq. 4, Eq. 5), Eq. 1 in Stage 3. The tower runs once, the decoder on both paths."
     phases.mark("tower")
@@ -543,7 +661,7 @@ def step_loss(
 
         phases.mark("teacher")
         with teacher_path(student), record_inputs(layers if condition.teacher_forced else ()) as stream:
-            if "gradient" in condition.weights:  # the pass goes on to the answers, and back
+            if "gradient" in condition.weights and cached is None:  # the pass goes on to the answers, and back
                 target, sensitivity = residual_sensitivity(layers, risk)
             else:
                 with torch.no_grad():
@@ -595,22 +713,18 @@ def distill(
     settings: TrainSettings,
     out: str | Path,           # the run's folder; a run that was stopped goes on from its last checkpoint
     *,
-    processor=None,            # saved beside the student; needed with settings.density_cache, which also needs samples with `images`
+    processor=None,            # saved beside the student; needed with a cache, which also needs samples with `images`
     progress: bool = True,     # show a bar
     deadline: float | None = None,  # time.time() after which it stops at the end of a step; for one process
 ) -> dict:                     # tokens, steps, seconds, tokens_per_second, phase_seconds, loss and terms by stage
     """Distils the teacher into the student and saves it in `out`/student.
 
-    Raises OutOfTime at the deadline; ValueError on a condition that can't be trained or is not the student's, a density cache that is not the teacher's, a folder in use or of
+    Raises OutOfTime at the deadline; ValueError on a condition that can't be trained or is not the student's, a cache that is not the teacher's, a folder in use or of
     another run, a bad sample; FloatingPointError on a loss that is not finite; OSError on a full disk. Earlier results stay as they are."""
     check_trainable(condition)
     if (built := student.config.get_text_config().mixer) != condition.mixer:
         raise ValueError(f"condition {condition.name!r} has the mixer {condition.mixer!r}, the student {built!r}")
-    cache = None
-    if settings.density_cache and condition.weights in ("density", "shuffled", "mask"):
-        if processor is None:
-            raise ValueError(f"density_cache is {settings.density_cache!r}; to check it, distill needs the teacher's processor")
-        cache = DensityCache(settings.density_cache, density_identity(teacher, processor, settings))
+    cache = open_cache(student, teacher, condition, settings, processor)
     out, accelerator = Path(out), Accelerator()
     if settings.batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size is {settings.batch_size}; {accelerator.num_processes} processes can't share it evenly")
@@ -649,7 +763,7 @@ def train(
     out: Path,
     accelerator: Accelerator,
     progress: bool,
-    cache: DensityCache | None = None,  # of the density that the condition needs; None: it is computed
+    cache: DensityCache | None = None,  # of the density or the sensitivities that the condition needs; None: they are computed
     deadline: float | None = None,
 ) -> dict:
     "The steps of `distill`, from the last checkpoint to the end of the budget. Several processes share each batch; the first one writes."
@@ -696,10 +810,11 @@ def train(
         save_checkpoint(out, tensors, state)
 
     family, ends = family_of(student), stage_ends(condition, settings)
+    layers = len(replaced_indices(student)) if condition.weights == "layer_gradient" else None
     length = len(dataset) if hasattr(dataset, "__len__") else None
     order = BatchOrder(length, settings.batch_size, settings.seed, step, accelerator.process_index, processes)
     if cache is not None:
-        collate = partial(with_density_keys, collate, cache.identity)
+        collate = partial(with_cache_keys, collate, cache.identity)
     batches = iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=settings.workers,
                               generator=torch.Generator().manual_seed(settings.seed)))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
@@ -716,7 +831,7 @@ def train(
             phases.mark("data")
             batch = next(batches)
             keys = batch["keys"]
-            cached = partial(cached_density, cache, batch["density_keys"], keys) if cache is not None else None
+            cached = partial(cached_values, cache, batch["cache_keys"], keys, layers) if cache is not None else None
             count = batch["attention_mask"].sum()
             tokens_after = tokens + int(accelerator.reduce(count.to(device)) if processes > 1 else count)
             batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}

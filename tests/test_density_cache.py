@@ -27,7 +27,8 @@ from heed_nb.data import collate
 from heed_nb.density import position_weights
 from heed_nb.density_cache import DensityCache, DensityCacheWriter, build, density_key, dequantize, merge, quantize
 from heed_nb.hybrid import to_hybrid
-from heed_nb.teachers import family_of, load_teacher
+from heed_nb.losses import record_outputs
+from heed_nb.teachers import LanguageInputs, family_of, load_teacher
 from heed_nb.toyworld import Documents
 
 processes = multiprocessing.get_context("fork")
@@ -642,8 +643,8 @@ def test_cached_density_is_the_towers_within_half_a_step(toy):
     batch = toy.collate(documents)
     inputs = family_of(toy.teacher).language_inputs(toy.teacher, {k: v for k, v in batch.items() if k not in ("labels", "keys")})
     exact = family_of(toy.teacher).density(inputs)
-    keys = trainer.with_density_keys(toy.collate, toy.cache.identity, documents)["density_keys"]
-    kept = trainer.cached_density(toy.cache, keys, batch["keys"], inputs.visual_mask)
+    keys = trainer.with_cache_keys(toy.collate, toy.cache.identity, documents)["cache_keys"]
+    kept = trainer.cached_values(toy.cache, keys, batch["keys"], None, inputs.visual_mask)
     assert len(toy.cache) == 8 and kept[5].eq(0).all() and not kept[~inputs.visual_mask].any()
     for row, near, visual in zip(exact, kept, inputs.visual_mask):
         if visual.any():
@@ -669,7 +670,7 @@ def test_the_last_stage_needs_no_cache(toy, tmp_path):
     with pytest.raises(ValueError) as error:
         distilled(toy, tmp_path / "other", settings=replace(settings, stages=(0.0, 1.0, 0.0)))
     lost = next(i for i in trainer.batch_indices(8, 4, 0, 1) if i != 5)
-    assert f"sample 'toy-train-0-{lost:06d}' is not in the density cache: {few.path} has no record" in str(error.value)
+    assert f"sample 'toy-train-0-{lost:06d}' is not in the cache: {few.path} has no record" in str(error.value)
     assert "step 2 (stage 2)" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -692,10 +693,141 @@ def test_a_cache_that_is_not_the_teachers_is_refused_before_any_step(toy, tmp_pa
         trainer.distill(to_hybrid(toy.teacher), toy.teacher, FewPages(), toy.collate, CONDITIONS["C4"], settings, tmp_path / "run")
     short = replace(SETTINGS, token_budget=1, density_cache=str(tmp_path / "none"))
     assert distilled(toy, tmp_path / "uniform", "C3", short)  # it weighs nothing by density
-    with pytest.raises(ValueError, match="density_cache is 7; the path of a density cache, or nothing"):
-        replace(SETTINGS, density_cache=7)
+    for name in ("density_cache", "gradient_cache"):
+        with pytest.raises(ValueError, match=f"{name} is 7; the path of a cache, or nothing"):
+            replace(SETTINGS, **{name: 7})
 
 
 def test_the_identity_is_the_students_too_and_not_its_mixers(toy):
     identity = trainer.density_identity(toy.teacher, toy.processor, SETTINGS)
     assert identity == toy.cache.identity == trainer.density_identity(to_hybrid(toy.teacher, seed=3), toy.processor, replace(SETTINGS, seed=3, tau=1.0))
+
+
+# Gradient weights
+
+LAYERS = (0, 1, 2)  # what to_hybrid replaces in a toy teacher
+
+
+@pytest.fixture(scope="module")
+def gradients(toy, tmp_path_factory):
+    "A function: the gradient cache of a condition, by batches of three."
+    folder, made = tmp_path_factory.mktemp("gradients"), {}
+
+    def make(condition):
+        if condition not in made:
+            made[condition] = trainer.build_gradient_cache(folder / condition, toy.teacher, FewPages(), toy.collate, toy.processor, CONDITIONS[condition], LAYERS,
+                                                           batch_size=3, progress=False)
+        return made[condition]
+
+    return make
+
+
+def sensitivities(toy, documents, condition):
+    "The teacher's own, by autograd on the outputs of whole layers; unpadded, one document at a time."
+    found = []
+    toy.teacher.requires_grad_()  # a run freezes it
+    for document in documents:
+        batch = toy.collate([document])
+        with record_outputs(family_of(toy.teacher).layers(toy.teacher)[i] for i in LAYERS) as outputs:
+            loss = toy.teacher(**{k: v for k, v in batch.items() if k != "keys"}).loss
+        found.append(trainer.variant_of(condition.weights, torch.stack([g.square().sum(-1) for g in torch.autograd.grad(loss, outputs)]))[..., 0, :])
+    return found
+
+
+@pytest.mark.parametrize("name", ["C5", "+LD", "+SL"])
+@pytest.mark.parametrize("temper", [1, 0.25])
+def test_cached_gradient_weights_are_the_teachers_within_half_a_level(toy, gradients, name, temper):
+    documents, condition, cache = [FewPages()[i] for i in range(8)], CONDITIONS[name], gradients(name)
+    batch = trainer.with_cache_keys(toy.collate, cache.identity, documents)
+    mask, settings = batch["attention_mask"], replace(SETTINGS, temper=temper)
+    cached = partial(trainer.cached_values, cache, batch["cache_keys"], batch["keys"], 3 if name == "+LD" else None)
+    weights = trainer.alignment_weights(condition, settings, None, LanguageInputs({}, mask > 2, []), mask, batch["keys"], cached)
+    assert weights[..., mask == 0].abs().sum() == 0 and torch.allclose(weights.sum(-1), mask.sum(-1).float())
+    for i, s in enumerate(sensitivities(toy, documents, condition)):
+        kept, there = weights[..., i, :][..., mask[i] > 0], (s / s.amax(-1, keepdim=True)).pow(1 / 6)
+        half = (there.max() - there.min()) / 30 + 1e-4
+        low, high = ((there + sign * half).clamp(0, 1).pow(6 * temper) for sign in (-1, 1))
+        near = kept / kept.amax(-1, keepdim=True)
+        assert ((low - 1e-5 <= near) & (near <= high + 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", ["C5", "+LD"])
+def test_training_from_a_gradient_cache_is_nearly_the_same_and_takes_no_backward_pass_of_the_teacher(toy, gradients, tmp_path, monkeypatch, name):
+    settings = replace(SETTINGS, token_budget=1500, temper=0.5)
+    computed = distilled(toy, tmp_path / "computed", name, settings)
+    uniform = distilled(toy, tmp_path / "uniform", "C3", replace(settings, token_budget=1))
+    settings = replace(settings, gradient_cache=str(gradients(name).path))
+    monkeypatch.setattr(trainer, "residual_sensitivity", None)
+    cached = distilled(toy, tmp_path / "cached", name, settings)
+    differences = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(cached, computed, strict=True)]
+    assert len(differences) > 1 and 0 < max(differences) < 0.05
+    assert abs(uniform[0]["loss"] / computed[0]["loss"] - 1) > 3 * max(differences)
+
+
+def test_a_run_from_a_gradient_cache_resumes_with_the_same_bits(toy, gradients, tmp_path):
+    settings = replace(SETTINGS, token_budget=1500, gradient_cache=str(gradients("C5").path), checkpoint_every=1)
+
+    class Interrupted(FewPages):
+        read = 0
+
+        def __getitem__(self, i):
+            self.read += 1
+            if self.read > 7:
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    distilled(toy, tmp_path / "whole", "C5", settings)
+    with pytest.raises(KeyboardInterrupt):
+        distilled(toy, tmp_path / "run", "C5", settings, data=Interrupted())
+    assert len(trainer.checkpoints(tmp_path / "run")) == 1
+    distilled(toy, tmp_path / "run", "C5", settings)
+    assert (tmp_path / "run/student/model.safetensors").read_bytes() == (tmp_path / "whole/student/model.safetensors").read_bytes()
+
+
+def test_an_interrupted_gradient_cache_is_completed(toy, gradients, tmp_path, monkeypatch):
+    build = partial(trainer.build_gradient_cache, tmp_path / "cache", toy.teacher, FewPages(), toy.collate, toy.processor, CONDITIONS["C5"], LAYERS, batch_size=3, progress=False)
+    build(indices=range(6))
+    computed = []
+    monkeypatch.setattr(trainer, "sample_sensitivities", lambda *given, of=trainer.sample_sensitivities: computed.extend(s.key for s in given[-1]) or of(*given))
+    assert build().path.read_bytes() == gradients("C5").path.read_bytes() and computed == [FewPages()[i].key for i in (6, 7)]
+
+
+def test_a_gradient_cache_of_anything_else_is_refused_before_any_step(toy, gradients, tmp_path):
+    path = gradients("C5").path
+    other = copy.deepcopy(toy.teacher)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1e-3
+    hybrid = to_hybrid(toy.teacher, attention_layers=[0])
+    for message, condition, given in ((f"^{path} was made with content 'gradient', not 'layer_gradient'", "+LD", {}),
+                                      (f"^{path} was made with teacher '", "C5", dict(teacher=other)),
+                                      (f"^{path} was made with layers '.0, 1, 2.', not '.1, 2, 3.'", "C5", dict(student=hybrid)),
+                                      (f"^{toy.path} was made with content 'density', not 'gradient'", "C5", dict(gradient_cache=toy.path)),
+                                      (f"^{path} was made with content 'gradient', not 'density'", "C4", dict(density_cache=path)),
+                                      ("^gradient_cache is .*; to check it, distill needs the teacher's processor", "C5", dict(processor=None)),
+                                      ("^no density cache at ", "C5", dict(gradient_cache=tmp_path / "none"))):
+        teacher = given.get("teacher", toy.teacher)
+        settings = replace(SETTINGS, **{name: str(given.get(name, path)) for name in ("gradient_cache", "density_cache")})
+        with pytest.raises(ValueError, match=message):
+            trainer.distill(given.get("student") or to_hybrid(teacher), teacher, FewPages(), toy.collate, CONDITIONS[condition], settings, tmp_path / "run",
+                            processor=given.get("processor", toy.processor), progress=False)
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="condition 'C4' has the weights 'density'; a gradient cache is for gradient weights"):
+        trainer.build_gradient_cache(tmp_path / "run", toy.teacher, FewPages(), toy.collate, toy.processor, CONDITIONS["C4"], LAYERS)
+
+
+def test_another_question_or_answer_is_another_record(toy, gradients, tmp_path):
+    document = FewPages()[0]
+    (question, answer), *rest = document.turns
+    changed = [replace(document, turns=turns) for turns in ([(question, answer + " 1"), *rest], [("So: " + question, answer), *rest], rest)]
+    keys = trainer.with_cache_keys(toy.collate, gradients("C5").identity, [document, *changed, replace(document, key="renamed")])["cache_keys"]
+    assert len(set(keys)) == 4 and keys[0] == keys[4] and [key in gradients("C5") for key in keys] == [True, False, False, False, True]
+    masked = lambda samples: (batch := toy.collate(samples)) | {"labels": batch["labels"].clamp(max=-100)}  # the same text, asked for no answer
+    assert trainer.with_cache_keys(masked, gradients("C5").identity, [document])["cache_keys"][0] not in gradients("C5")
+
+    class Changed(FewPages):
+        def __getitem__(self, i):
+            return changed[0]
+
+    settings = replace(SETTINGS, gradient_cache=str(gradients("C5").path))
+    with pytest.raises(ValueError, match=f"^sample '{document.key}' is not in the cache: .* has no record .* among its 8, at step 1"):
+        distilled(toy, tmp_path / "run", "C5", settings, data=Changed())
