@@ -4,18 +4,24 @@ PY    ?= $(or $(shell command -v python3.11),$(shell command -v python3))
 BIN   := .venv/bin
 BATCH  = $(BIN)/snakemake --config scale=$(SCALE) $(if $(CONDITIONS),"conditions=$(CONDITIONS)") $(if $(SEEDS),"seeds=$(SEEDS)") --
 
+, := ,
+
 .DELETE_ON_ERROR:
-.PHONY: help tables all teachers publish test docs readme clean
+.PHONY: help tables all many teachers publish test docs readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
-	@echo "  variables: SCALE=$(SCALE) (smoke, toy, small, paper), CONDITIONS=C1,C4, SEEDS=0,1,2, PY=$(PY), ARGS for pytest"
+	@echo "  variables: SCALE=$(SCALE) (smoke, toy, small, paper), CONDITIONS=C1,C4, SEEDS=0,1,2, PY=$(PY), MINUTES=9 and EVALUATE=false for many, ARGS for pytest"
 
 tables: .venv/ok ## measure Table 1 and write the tables that need no training, under outputs/SCALE
 	$(BATCH) tables
 
 all: .venv/ok ## every table and figure: all seeds and budgets of the scale
 	$(BATCH) all
+
+many: .venv/ok ## the runs of all in one process, until MINUTES are over; then all makes the tables
+	$(BIN)/python -c 'import sys, yaml; sys.tracebacklimit = 0; from heed_nb.batch import run_notebook; run_notebook("nbs/runs/many.ipynb", yaml.safe_load(sys.argv[1]))' \
+	  '{scale: $(SCALE)$(if $(CONDITIONS),$(,) conditions: [$(CONDITIONS)])$(if $(SEEDS),$(,) seeds: [$(SEEDS)])$(if $(MINUTES),$(,) minutes: $(MINUTES))$(if $(EVALUATE),$(,) evaluate: $(EVALUATE))}'
 
 teachers: .venv/ok ## train the toy teachers again (resumes)
 	$(BATCH) teachers

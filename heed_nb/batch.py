@@ -113,13 +113,10 @@ class Batch:
         return [Run("C0", of=of), *(Run(c, s, b, of) for c in conditions if c != "C0" for s in seeds if taken(c, s) for b in sorted(set(budgets)))]
 
     def choice_runs(self) -> list[tuple[Run, Run]]:
-        "The runs of the scale's open points, each with the run of the default."
-        pairs, budget = [], self.scale.token_budget
-        for choice in map(choices().get, self.scale.open_points):
-            for seed in self.seeds if self.seeds_given else self.scale.family_seeds:
-                if not self.narrowed or choice.baseline in self.conditions:
-                    pairs.append((Run(choice.condition, seed, budget, choice=choice.name if choice.overrides else ""), Run(choice.baseline, seed, budget)))
-        return pairs
+        "The runs of the scale's open points, each with the run of the default; none where conditions are given."
+        tried, budget = [] if self.narrowed else map(choices().get, self.scale.open_points), self.scale.token_budget
+        return [(Run(choice.condition, seed, budget, choice=choice.name if choice.overrides else ""), Run(choice.baseline, seed, budget))
+                for choice in tried for seed in (self.seeds if self.seeds_given else self.scale.family_seeds)]
 
     def runs_of(
         self,
