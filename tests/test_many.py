@@ -1,0 +1,110 @@
+"Many runs in one process: the same numbers as papermill's, stopped, resumed, skipped, and found by the batch."
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+
+from heed_nb import trainer
+from heed_nb.batch import run_notebook
+from heed_nb.conditions import load_scale
+from heed_nb.results import write_run
+
+C4 = "outputs/smoke/runs/C4-seed0-budget3000"
+
+
+def many(**given):
+    "What nbs/runs/many.ipynb leaves behind: the state of each run by name, and which it began."
+    left = run_notebook("nbs/runs/many.ipynb", dict(scale="smoke", conditions=["C4"]) | given)
+    return {run.name: state for run, state in left["state"].items()}, [run.name for run in left["seconds"]]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory, copy_of_repository):
+    return copy_of_repository(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture(autouse=True)
+def inside(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(scale="smal"), "unknown scale 'smal'; one of paper, small, smoke, toy"),
+    (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0"),
+    (dict(seeds=["0"]), "unknown seed '0'; a seed is a whole number"),
+    (dict(budgets=[7]), "unknown budget 7 of scale smoke; one of 3000"),
+    (dict(teachers=["toy"]), "unknown teacher 'toy' of scale smoke; one of outputs/teachers/toy-qwen3vl, outputs/smoke/teacher"),
+    (dict(minutes=-1), "minutes is -1; a number above 0, or nothing"),
+    (dict(evaluate=1), "evaluate is 1; True or False"),
+    (dict(scale="paper"), "scale paper trains on data 'paper', which is not built yet"),
+    (dict(minute=1), "unknown parameter 'minute' of nbs/runs/many.ipynb; allowed: scale"),
+])
+def test_a_wrong_choice_is_refused_in_one_line_before_any_work(given, message, copy):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        many(**given)
+    assert "\n" not in str(error.value) and not (copy / "outputs/smoke").exists()
+
+
+@pytest.mark.parametrize("kind, key, was", [("distill", "lr", 1), ("distill", "init", "mamba"), ("evaluate", "questions", 3)])
+def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
+    scale, folder = load_scale("smoke"), copy / "outputs/smoke/runs/C4-seed7-budget3000"
+    made = dict(teacher=scale.teacher, data=scale.data, init=scale.init, settings=asdict(scale.settings(seed=7)))
+    if kind == "evaluate":
+        write_run(folder / "distill.json", "distill", made, {})
+    write_run(folder / f"{kind}.json", kind, made | (dict(settings=made["settings"] | {key: was}) if key == "lr" else {key: was}), {})
+    with pytest.raises(ValueError, match=rf"{kind}.json was made with {key} = {was!r}, scale smoke has .*; remove its folder$"):
+        many(seeds=[7])
+    assert sorted(path.name for path in folder.iterdir()) == sorted({"distill.json", f"{kind}.json"})
+    shutil.rmtree(copy / "outputs/smoke")
+
+
+@pytest.mark.slow
+def test_stopped_resumed_and_skipped_it_has_papermills_numbers(copy, tmp_path, monkeypatch):
+    assert many(minutes=1e-9)[1] == [] and not (copy / C4).exists()
+
+    rate = trainer.learning_rate
+    with monkeypatch.context() as slow:  # the first step outlasts the time
+        slow.setattr(trainer, "learning_rate", lambda *given: time.sleep(2) or rate(*given))
+        states, began = many(minutes=1 / 30, teachers=["outputs/teachers/toy-qwen3vl"], evaluate=False)
+    assert (states, began) == ({"C0": "to evaluate", "C4-seed0-budget3000": "begun"}, ["C4-seed0-budget3000"])
+    assert trainer.load_checkpoint(copy / C4)[1]["step"] == 1 and not (copy / C4 / "student").exists()
+    assert "OutOfTime" in (copy / C4 / "distill.ipynb").read_text()
+
+    states, began = many()
+    assert began == ["C0", "C4-seed0-budget3000"]
+    assert states == dict.fromkeys(began, "done") | {"teacher/C0": "no teacher", "teacher/C4-seed0-budget3000": "no teacher"}
+    before = contents(copy / "outputs/smoke")
+    assert many()[1] == [] and contents(copy / "outputs/smoke") == before
+
+    for kind in ("distill", "evaluate"):
+        subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", f"nbs/runs/{kind}.ipynb", tmp_path / f"{kind}.ipynb", "--no-progress-bar",
+                        "-y", json.dumps(dict(scale="smoke", condition="C4", out=str(tmp_path / "run")))], check=True, capture_output=True)
+        ours, papermills = (json.loads((folder / f"{kind}.json").read_text()) for folder in (copy / C4, tmp_path / "run"))
+        assert ours["parameters"] == papermills["parameters"]
+        timeless = lambda numbers: {key: value for key, value in numbers.items() if "second" not in key}
+        assert timeless(ours["numbers"]) == timeless(papermills["numbers"])
+    assert (copy / C4 / "student/model.safetensors").read_bytes() == (tmp_path / "run/student/model.safetensors").read_bytes()
+
+    said = subprocess.run([sys.executable, "-m", "snakemake", "--dry-run", "--config", "scale=smoke", "conditions=C4", "--", "all"], capture_output=True, text=True).stdout
+    planned = re.findall(r"Job \d+: (.*)", said)
+    assert "table_01" in planned and [job for job in planned if re.match(r"(distill|evaluate) C", job)] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_the_others_and_is_named(copy, monkeypatch):
+    def broken(*_):
+        raise FloatingPointError("loss is nan")
+
+    monkeypatch.setattr(trainer, "learning_rate", broken)
+    with pytest.raises(RuntimeError, match="^1 of 1 runs failed; .* C4-seed1-budget3000: FloatingPointError: loss is nan$"):
+        many(seeds=[1], teachers=["outputs/teachers/toy-qwen3vl"], evaluate=False)
+    assert "loss is nan" in (copy / "outputs/smoke/runs/C4-seed1-budget3000/distill.ipynb").read_text()
