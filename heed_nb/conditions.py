@@ -261,7 +261,7 @@ class Scale:
     conditions: tuple = ("C0", "C1", "C2", "C3", "C4")  # of Tables 1 and 6; a notebook of nbs/paper that shows others names them
     seeds: tuple = (0,)
     more_seeds: dict = field(default_factory=dict)  # condition -> seeds that it has beside `seeds`
-    family_seeds: tuple = (0,)              # of Table 6's other teachers and of the open points
+    family_seeds: tuple = (0,)              # of Table 6's other teachers, of what notebooks of nbs/paper name few_seeds, and of the open points
     budgets: tuple = ()                     # token budgets of the curve; empty: no curve
     init: str = "paper"                     # start of the mixers' new parameters
     open_points: tuple = ()                 # which choices of heed_nb/paper/open_points.csv are tried, e.g. "init=mamba"

@@ -87,8 +87,9 @@ def test_tables_needs_the_first_teacher_alone_and_all_needs_every(four_teachers,
     everything = planned(four_teachers, "all", scale="toy", seeds="0")
     others = {re.sub(" C", f" {name}/C", job) for name in ("toy-internvl", "toy-glm4v", "toy-minicpmv") for job in ladder}
     at_budget = {job for job in everything if budget in job or "C0" in job}
+    beside = ("C5", "C6", "-Residual", "-Density", "+LD", "+SL", *(f"{arm}-{k}" for arm in ("mask", "random") for k in (10, 25, 50)))
     tried = ("C4-init=mamba", "C4-normalize_over=visual", "C4-reduce=max", "C5-temper=0.5", "MaTVLM")  # of the open points
-    assert at_budget == ladder | others | {f"{kind} {c}, seed 0, {budget}" for kind in ("distill", "evaluate") for c in ("C5", "C6", *tried)}
+    assert at_budget == ladder | others | {f"{kind} {c}, seed 0, {budget}" for kind in ("distill", "evaluate") for c in (*beside, *tried)}
     assert {"table_05", "table_06"} <= set(everything) and not any("train" in job for job in everything) and len(everything) == len(set(everything))
 
 
@@ -149,7 +150,7 @@ def test_all_of_smoke(finished):
         run = json.loads((out / "runs" / name / "evaluate.json").read_text())
         assert run["parameters"]["model_type"] == ("internvl" if name.startswith("teacher/") else "qwen3_vl")
         assert len(run["numbers"]["scores"]) == 10 and all(0 <= score <= 100 for score in run["numbers"]["scores"].values())
-    assert not any("Missing" in (out / f"tables/{name}.md").read_text() for name in ("table_01", "table_05", "table_06"))
+    assert not any("Missing" in (out / f"tables/{name}.md").read_text() for name in ("table_01", "table_05", "table_06", "table_08", "table_09", "figure_a8"))
     assert "Table 1" in said and "| C4" in (out / "tables/table_01.md").read_text()
 
 

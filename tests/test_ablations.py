@@ -1,0 +1,156 @@
+"Tables 8 and 9, App. A.8's curves and the picture of the pipeline, from runs made by hand and from the registry."
+import csv
+import re
+import statistics
+from dataclasses import replace
+
+import pytest
+from scipy import stats
+from test_results import cell, notebook
+
+from heed_nb import conditions as registry
+from heed_nb.batch import Batch
+from heed_nb.conditions import BENCHMARKS, CONDITIONS, Condition, load_scale
+from heed_nb.results import ABLATIONS, paper_table, run_name, write_run
+
+BUDGET = 2000
+
+
+def write(folder, ocr, others=50):
+    "evaluate.json by condition: OCRBench v2 by seed, one score on everything else."
+    for condition, by_seed in ocr.items():
+        for seed, score in by_seed.items():
+            path = folder / run_name(condition, *((None, None) if condition == "C0" else (seed, BUDGET))) / "evaluate.json"
+            write_run(path, "evaluate", {}, {"scores": dict.fromkeys(BENCHMARKS, others) | {"ocrbench_v2": score}, "n": dict.fromkeys(BENCHMARKS, 100)})
+
+
+@pytest.fixture
+def made(root, tmp_path, monkeypatch):
+    "Runs a notebook on what `write` wrote: its Markdown, its CSV as {(row, column): line}, its namespace."
+    monkeypatch.chdir(root)
+
+    def of(name, ocr, **parameters):
+        write(tmp_path / "runs", ocr)
+        namespace = notebook(root, name, runs=tmp_path / "runs", out=tmp_path, token_budget=BUDGET, **parameters)
+        with open(tmp_path / "tables" / f"{name}.csv", newline="") as file:
+            lines = {(line["row"], line["column"]): line for line in csv.DictReader(file)}
+        return (tmp_path / "tables" / f"{name}.md").read_text(), lines, namespace
+
+    return of
+
+
+# Table 8
+
+def test_table_8_of_one_seed(made):
+    text, lines, _ = made("table_08", {"C0": {0: 90}, "C4": {0: 60, 1: 99}, "-Residual": {0: 40}, "-Density": {0: 58}, "+LD": {0: 61}})
+    assert cell(text, "-Residual", "OCRBench v2") == "40.0" and cell(text, "-Residual", "Δ to C4") == "-20.0" and cell(text, "C4 HEED", "OCRBench v2") == "60.0"
+    assert "-Residual is behind C4 on OCRBench v2: -20.00 points (one seed" in text and "The paper has -2.5." in text
+    assert "+SL against C4 on OCRBench v2: no seed has both." in text and "**Missing**: +SL-seed0-budget2000." in text
+    assert (lines["ocrbench_v2", "-Residual-C4"]["mean"], lines["ocrbench_v2", "-Residual-C4"]["paper"]) == ("-20.0", "-2.5")
+    assert float(lines["fine_grained", "-Residual-C4"]["mean"]) == pytest.approx(-20 / 6, abs=1e-4) and float(lines["reasoning", "-Density-C4"]["mean"]) == 0
+
+
+def test_table_8_over_seeds_is_paired(made):
+    text, lines, _ = made("table_08", {"C4": {0: 60, 1: 70, 2: 81}, "+SL": {0: 59, 1: 68, 3: 5}}, seeds=[0, 1, 2, 3], conditions=["C4", "+SL"])
+    assert cell(text, "+SL", "Δ to C4") == "-1.5 ± 0.5" and lines["ocrbench_v2", "+SL-C4"]["n"] == "2"
+    assert "+SL does not beat C4 on OCRBench v2: -1.50 ± 0.50" in text and "Not run: C0, -Residual, -Density, +LD." in text
+
+
+def test_the_papers_rows_are_those_of_the_registry():
+    assert list(paper_table(8).index) == ["C0", "C4", *ABLATIONS] and all(CONDITIONS[c].source == "Tab. 8" for c in ABLATIONS)
+    masks = {round(100 * c.mask_share) for c in CONDITIONS.values() if c.mask_share}
+    assert masks | {0} == set(paper_table("A.8").index)
+
+
+# Table 9
+
+def test_table_9_is_the_paired_difference(made):
+    c3, c4 = [50, 52, 57], [53, 58, 59]
+    text, lines, _ = made("table_09", {"C0": {0: 90}, "C3": dict(enumerate(c3)), "C4": dict(enumerate(c4)), "C1": {0: 7}})
+    line = lines["ocrbench_v2", "C4-C3"]
+    paired = stats.ttest_rel(c4, c3)
+    assert float(line["mean"]) == pytest.approx(statistics.mean(c4) - statistics.mean(c3), abs=1e-3)
+    assert float(line["se"]) == pytest.approx(stats.sem([b - a for a, b in zip(c3, c4)]), abs=1e-3)
+    assert [float(line[end]) for end in ("low", "high")] == pytest.approx(list(paired.confidence_interval(0.95)), abs=1e-2)
+    assert (line["paper"], line["paper_spread"]) == ("4.8", "0.42") and lines["average", "C3"]["paper"] == "72.24"
+    assert cell(text, "C3 RSA", "OCRBench v2") == f"{statistics.mean(c3):.1f} ± {statistics.stdev(c3):.1f}" and "*+2.44 ± 0.37*" in text
+    assert "Missing" not in text and ("ocrbench_v2", "C1") not in lines
+
+
+def test_table_9_of_one_seed_has_no_interval(made):
+    text, lines, _ = made("table_09", {"C3": {0: 50}, "C4": {0: 53, 1: 54}})
+    assert "one seed" in text and lines["ocrbench_v2", "C4-C3"]["low"] == "" and cell(text, "its 95 % interval", "OCRBench v2") == ""
+    assert "**Missing**: C0, C3-seed1-budget2000." in text
+
+
+# The curves of App. A.8
+
+def test_curves(made, tmp_path):
+    text, _, namespace = made("figure_a8", {
+        "C0": {0: 90}, "C1": {0: 40, 1: 42, 2: 44}, "C3": {0: 50, 1: 51, 2: 52}, "C4": {0: 60, 1: 61, 2: 62}, "mask-10": {0: 53, 1: 99}, "mask-25": {0: 58}, "mask-50": {0: 55},
+        "random-10": {0: 50, 1: 54, 2: 52}, "random-25": {0: 50, 1: 51, 2: 55}})
+    assert (tmp_path / "figures/figure_a8.png").read_bytes().startswith(b"\x89PNG")
+    assert cell(text, "10", "5x by density") == "53.0 (n=1)" and cell(text, "10", "5x at random") == "52.0 ± 2.0 (n=3)" and cell(text, "10", "difference") == "+1.0"
+    assert cell(text, "25", "*paper: density*") == "*58.0*" and cell(text, "25", "*paper: difference*") == "*+5.2*"
+    assert cell(text, "0: C1 KD", "5x by density") == "42.0 ± 2.0 (n=3)" and cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0 (n=3)"
+    assert "At 10 %: 53.0 with 1 seed of the density mask, above 2 of 3 random masks (mean 52.0)." in text and "At 50 %, density against random: not run." in text
+    assert "random-50-seed0-budget2000" in text.partition("**Missing**")[2]
+    measured, _, of_paper = namespace["axes"]
+    drawn = {line.get_label(): line for line in of_paper.lines if not line.get_label().startswith("_")}
+    arms = [list(container.lines[0].get_ydata()) for container in measured.containers if len(container.lines[0].get_xdata()) > 1]
+    assert arms == [[51, 53, 58, 55], [51, 52, 52]] and drawn["C4 HEED, continuous"].get_ydata()[0] == 59.2
+
+
+def test_density_masks_of_several_seeds_are_paired(made):
+    text, _, _ = made("figure_a8", {"mask-10": {0: 53, 1: 58}, "random-10": {0: 50, 1: 54}}, seeds=[0, 1], conditions=["mask-10", "random-10"])
+    assert "At 10 %: mask-10 beats random-10 on OCRBench v2: +3.50 ± 0.50 points" in text
+
+
+@pytest.mark.parametrize("name", ["table_08", "table_09", "figure_a8"])
+def test_without_runs_it_says_so_in_one_line(name, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    with pytest.raises(ValueError, match=r"^no run of C0, C\d.* at \d+ tokens in .*; run `make all SCALE=toy` first$"):
+        notebook(root, name, runs=tmp_path, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# What the batch runs for them
+
+def test_ablations_and_density_masks_have_few_seeds(root, monkeypatch):
+    monkeypatch.chdir(root)
+    scale = replace(load_scale("toy"), seeds=(0, 1, 2), family_seeds=(0,))
+    seeds = lambda name, batch: {c: sorted(run.seed for run in batch.runs_of(name) if run.condition == c) for c in batch.conditions_of(name) if c != "C0"}
+    batch = Batch(scale)
+    assert seeds("table_08", batch) == dict.fromkeys(("C4", *ABLATIONS), [0]) and seeds("table_09", batch) == {"C3": [0, 1, 2], "C4": [0, 1, 2]}
+    assert seeds("figure_a8", batch) == {c: [0] if c.startswith("mask") else [0, 1, 2] for c in batch.conditions_of("figure_a8")[1:]}
+    assert seeds("table_08", Batch(scale, seeds=[4, 5])) == dict.fromkeys(("C4", *ABLATIONS), [4, 5])
+    assert {run.token_budget for name in ("table_08", "table_09", "figure_a8") for run in batch.runs_of(name)} == {None, scale.token_budget}
+    assert batch.runs_of("figure_04") == []
+    assert [c for c in Batch(load_scale("smoke")).conditions_of("figure_a8")] == ["C0", "C1", "C4", "mask-25", "random-25"]
+
+
+# The pipeline
+
+def drawn(root, out, monkeypatch):
+    monkeypatch.chdir(root)
+    namespace = notebook(root, "figure_04", scale="smoke", out=out)
+    return [text.get_text() for axes in namespace["figure"].axes for text in [*axes.texts, *axes.get_yticklabels()]], (out / "tables/figure_04.md").read_text()
+
+
+def test_the_pipeline_names_every_condition_of_the_registry(root, tmp_path, monkeypatch):
+    texts, table = drawn(root, tmp_path, monkeypatch)
+    shown = {name for text in texts for name in text.split(", ")}
+    assert shown >= CONDITIONS.keys() - {"C0"} and (tmp_path / "figures/figure_04.png").read_bytes().startswith(b"\x89PNG")
+    assert any(r"W_Q" in text and "rightarrow" in text for text in texts) and any("computed with the frozen tower" in text for text in texts)
+    assert re.search(r"\| C2, C3, .* \| +0.0% \| +10.0% \| +30.0% \| +60.0% \|", table)
+
+
+def test_another_registry_and_other_settings_draw_another_pipeline(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.CONDITIONS, "C9", Condition("C9", "New", alignment="head_output", weights="density"))
+    changed = dict(stages=(0.2, 0.3, 0.5), tau=0.7, ce_weight=0.3, density_cache="d.cache")
+    scale = load_scale("smoke")
+    monkeypatch.setattr(registry, "load_scale", lambda name: replace(scale, init="identity", train=scale.train | changed))
+    texts, table = drawn(root, tmp_path, monkeypatch)
+    assert "C9" in texts and {"Stage 1\n20%", "Stage 3\n50%"} <= set(texts)
+    assert any("read from a cache" in text for text in texts) and any(r"\tau=0.7" in text for text in texts) and any(r"0.3\;$CE" in text for text in texts)
+    assert "q_norm" in table and re.search(r"\| C9 .*\\hat h", table)
