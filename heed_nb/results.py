@@ -857,7 +857,7 @@ def _over_images(evidence, find):
     found = [find(row['C1']['numbers']) for row in rows]
     images = sorted({row['C1']['numbers']['images'] for row in rows})
     n = f'{" or ".join(map(str, images))} images, {len(rows)} seed{"s"*(len(rows) > 1)}'
-    if any(f['value'] is None for f in found): return Measured(n=n, files=files, why='no ratio: the least dense tenth is not above 0 in every resample')
+    if lacking := [f for f in found if f['value'] is None]: return Measured(n=n, files=files, why=lacking[0].get('why', 'no ratio: the least dense tenth is not above 0 in every resample'))
     low, high = ([f[end] for f in found] if found[0][end] is not None else None for end in ('low', 'high'))
     return Measured(fmean(f['value'] for f in found), low and min(low), high and max(high), n, files)
 
@@ -871,13 +871,17 @@ def _lead(evidence, predictor):
         return dict(value=shares.pop(predictor)/max(shares.values()), low=None, high=None)
     return _over_images(evidence, over_next)
 
+def _correlation(evidence, *words):
+    def found(numbers): return numbers.get('correlations', {}).get(' '.join(words)) or dict(value=None)
+    return _over_images(evidence, lambda numbers: found(numbers) | dict(why='the diagnosis found no order to correlate'))
+
 MEASURED: dict[str, Callable] = dict(  # name -> (evidence, words...) -> Measured
     contrast=_contrast, selectivity=_selectivity, steps=_steps, family=_on_family, quarter=_at_quarter(_contrast),
     spread=_spread, quarter_spread=_at_quarter(_spread), cost=_cost, decile=_decile,
     r2=lambda evidence: _over_images(evidence, lambda numbers: numbers['regressions']['drift']['r2']),
     semi_partial=lambda evidence, predictor: _over_images(evidence, lambda numbers: _unique(numbers)[predictor]),
     largest=lambda evidence, predictor: _over_images(evidence, lambda numbers: dict(value=numbers['regressions']['drift']['predictors'][predictor]['largest'], low=None, high=None)),
-    lead=_lead, none=lambda evidence: Measured())
+    lead=_lead, correlation=_correlation, none=lambda evidence: Measured())
 
 # %% ../nbs/60_results.ipynb #c091
 VERDICTS = ('reproduced', 'not reproduced', 'not tested at this scale')

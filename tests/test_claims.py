@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from heed_nb.conditions import BENCHMARKS, CONDITIONS, Scale, load_scale
+from heed_nb.diagnose import CORRELATIONS
 from heed_nb.results import (AVERAGES, MEASURED, RULES, VERDICTS, Measured, claim_verdict, claims, paper_claims, paper_value, publish, read_run, run_name,
                              student_t)
 
@@ -32,12 +33,13 @@ def evaluated(folder, condition, by_seed, n=100, **of):
         write(folder, "evaluate", condition, seed, dict(scores=scores, n=dict.fromkeys(scores, n)), **of)
 
 
-def diagnosed(folder, seed, drift, *, density=0.30, others=(0.10, 0.08, 0.05), importance=dict(value=None, low=None, high=None), largest=1.0):
+def diagnosed(folder, seed, drift, *, density=0.30, others=(0.10, 0.08, 0.05), importance=dict(value=None, low=None, high=None), largest=1.0, ranked=True):
     around = lambda value: dict(value=value, low=value - 0.02, high=value + 0.02)
     shares = zip(("density", "visual", "depth", "attention"), (density, *others))
     deciles = dict(drift=dict(ratio=drift), importance=dict(ratio=importance, difference=dict(value=0.1, low=0.05, high=0.2)))
     regression = dict(r2=around(0.5), predictors={name: dict(semi_partial=around(share), largest=largest) for name, share in shares})
-    write(folder, "diagnose", "C1", seed, dict(images=100, deciles=deciles, regressions=dict(drift=regression)))
+    correlations = {name: around(value) for name, value in {"density": 0.6, "density, top quarter": 0.5, "top quarter minus all": -0.1, "layers": 0.7}.items()}
+    write(folder, "diagnose", "C1", seed, dict(images=100, deciles=deciles, regressions=dict(drift=regression), **dict(correlations=correlations) if ranked else {}))
 
 
 def judged(folder, scale=SCALE):
@@ -53,6 +55,9 @@ def test_every_line_has_a_measure_a_rule_and_an_id_of_its_own():
         name, *words = claim.measure.split()
         assert name in MEASURED and (name == "none") == claim.rule.startswith("never: ")
         assert claim.rule.startswith("never: ") or sum(bool(re.fullmatch(rule, claim.rule)) for rule in RULES) == 1
+        if name == "correlation":
+            assert " ".join(words) in CORRELATIONS
+            continue
         for word in words:
             known = {*CONDITIONS, *BENCHMARKS, *AVERAGES, "internvl", "minicpmv", "glm4v", "drift", "importance", "ratio", "difference", "density", "visual", "depth", "attention"}
             assert word in known, (claim.id, word)
@@ -197,6 +202,12 @@ def test_a_diagnosis(tmp_path):
     assert at.verdict[["drift_ratio", "drift_direction", "drift_r2", "drift_r2_density", "density_largest", "density_lead", "importance_direction"]].to_list() == [REPRODUCED] * 7
     assert list(at.loc["drift_direction", ["value", "low", "high", "n", "runs"]]) == [3.4, 3.2, 3.7, "100 images, 1 seed", "C1-seed0-budget4000/diagnose.json"]
     assert at.why.importance_ratio.startswith("no ratio") and at.verdict.importance_ratio == UNTESTED
+    fisher = ["fisher_density", "fisher_density_direction", "fisher_density_top", "fisher_density_top_rise", "fisher_layers"]
+    assert at.loc[fisher, "verdict"].to_list() == [REPRODUCED, REPRODUCED, NOT, NOT, REPRODUCED]
+    assert list(at.loc["fisher_density", ["value", "low", "high"]]) == [0.6, 0.58, 0.62]
+    diagnosed(tmp_path, 0, dict(value=3.4, low=3.2, high=3.7), ranked=False)
+    at = judged(tmp_path)
+    assert set(at.verdict[fisher]) == {UNTESTED} and set(at.why[fisher]) == {"the diagnosis found no order to correlate"}
     diagnosed(tmp_path, 1, dict(value=1.4, low=0.9, high=1.7), density=0.05, largest=0.2)
     at = judged(tmp_path)
     assert list(at.loc["drift_direction", ["value", "low", "high", "verdict"]]) == [pytest.approx(2.4), 0.9, 3.7, NOT]

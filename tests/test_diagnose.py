@@ -9,12 +9,15 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from scipy.stats import spearmanr
 from torch.testing import assert_close
 
 from heed_nb.data import Sample, collate
-from heed_nb.diagnose import (COLUMNS, ImageMoments, answer_importance, answer_score, attention_concentration, bootstrap_counts, decile_curve, decile_groups,
-                              decile_means, density_deciles, diagnose, hide, interval, one_by_one, predicts_answer, token_measures, token_table)
+from heed_nb.diagnose import (COLUMNS, CORRELATIONS, ImageMoments, answer_importance, answer_score, attention_concentration, bootstrap_counts,
+                              correlation_summary, decile_curve, decile_groups, decile_means, density_deciles, diagnose, hide, interval, one_by_one,
+                              predicts_answer, token_measures, token_table)
 from heed_nb.hybrid import to_hybrid
+from heed_nb.losses import record_outputs
 from heed_nb.results import read_run
 from heed_nb.teachers import family_of
 
@@ -104,9 +107,52 @@ def test_a_student_may_be_of_another_precision_or_no_hybrid():
 def test_token_table_holds_every_position_and_layer():
     measures = measured()[1]
     table = token_table(measures, layers=[2, 0])
-    assert tuple(table.columns[3:]) == COLUMNS and len(table) == sum(2 * len(tokens.density) for tokens in measures)
+    assert tuple(table.columns[3:]) == (*COLUMNS, "sensitivity") and len(table) == sum(2 * len(tokens.density) for tokens in measures)
     row = table[(table.image == 1) & (table.depth == 2) & (table.position == 5)].iloc[0]
     assert (row.drift, row.attention, row.density) == (measures[1].drift[2, 5], measures[1].attention[2, 5], measures[1].density[5])
+    assert row.sensitivity == measures[1].sensitivity[2, 5] > 0
+
+
+# Rank correlations with the gradients
+
+@families
+def test_sensitivity_is_the_gradient_of_the_models_own_loss(family):
+    teacher, _, processor = models(family)
+    for tokens, document in zip(measured(family)[1], documents(3)):
+        batch = collate([document], processor)
+        with record_outputs(family_of(teacher).layers(teacher)) as outputs:
+            loss = teacher(**model_inputs(batch), labels=batch["labels"]).loss
+        s = torch.stack([g[0].square().sum(-1) for g in torch.autograd.grad(loss, outputs)])
+        assert_close(torch.tensor(tokens.sensitivity), s, rtol=1e-3, atol=1e-6 * s.max().item())
+
+
+def test_rank_correlations_are_scipys():
+    teacher, student, processor = models()
+    numbers, table = diagnose(teacher, student, processor, documents(9), layers=[0, 1, 2], table_images=9, draws=100)
+    found = {name: [] for name in CORRELATIONS}
+    for _, image in table.groupby("image"):
+        s, seen = image.pivot(index="depth", columns="position", values="sensitivity"), image[image.depth == 0].set_index("position")
+        visual = seen.index[seen.visual.astype(bool)]
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        found["layers"].append([spearmanr(s.loc[a, visual], s.loc[b, visual]).statistic for a, b in pairs])
+        found["layers, text included"].append([spearmanr(s.loc[a], s.loc[b]).statistic for a, b in pairs])
+        dense = seen.density[visual].sort_values(ascending=False, kind="stable").index[: round(len(visual) / 4)]
+        whole, top = (spearmanr(seen.density[where], s[where].sum()).statistic for where in (visual, dense))
+        found["density"].append([whole]); found["density, top quarter"].append([top]); found["top quarter minus all"].append([top - whole])
+    for name, rows in found.items():
+        rows, summary = np.array(rows), numbers["correlations"][name]
+        resampled = [np.repeat(rows, k, axis=0).mean() for k in bootstrap_counts(9, 100)]
+        assert summary["images"] == 9
+        np.testing.assert_allclose([summary[key] for key in ("value", "low", "high")], [rows.mean(), *interval(np.array(resampled))], atol=1e-6)
+        np.testing.assert_allclose([summary["least"], summary["most"]], [rows.mean(0).min(), rows.mean(0).max()], atol=1e-6)
+        np.testing.assert_allclose([summary["p5"], summary["p95"]], np.percentile(rows.mean(1), [5, 95]), atol=1e-6)
+
+
+def test_correlations_without_an_order_are_left_out():
+    nan, counts = np.nan, np.array([[1, 1, 1], [3, 0, 0], [0, 0, 3]])
+    summary = correlation_summary(np.array([[0.2, nan, 0.6], [nan, nan, nan], [0.4, nan, nan]]), counts)
+    assert summary["images"] == 2 and summary["value"] == pytest.approx((0.3 + 0.6) / 2) and (summary["least"], summary["most"]) == pytest.approx((0.3, 0.6))
+    assert correlation_summary(np.full((3, 2), nan), counts) == correlation_summary(np.zeros((3, 0)), counts) == dict.fromkeys(summary) | dict(images=0)
 
 
 # Importance
