@@ -14,9 +14,9 @@ import yaml
 
 # %% auto #0
 __all__ = ['ALIGNMENTS', 'WEIGHTS', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED', 'REASONING',
-           'PRECISIONS', 'INITS', 'DATA', 'SCALE_KEYS', 'SECTION_KEYS', 'Condition', 'get_condition', 'recipe_table',
-           'alignment_table', 'Benchmark', 'checked', 'TrainSettings', 'Scale', 'scales_folder', 'merged',
-           'all_teachers', 'check_keys', 'load_scale', 'check_parameters']
+           'REGIMES', 'TASKS', 'PRECISIONS', 'INITS', 'DATA', 'SCALE_KEYS', 'SECTION_KEYS', 'Condition',
+           'get_condition', 'recipe_table', 'alignment_table', 'Benchmark', 'checked', 'TrainSettings', 'Scale',
+           'scales_folder', 'merged', 'all_teachers', 'check_keys', 'load_scale', 'check_parameters']
 
 # %% ../nbs/00_conditions.ipynb #c005
 ALIGNMENTS = (None, "head_output", "attention_output", "residual")
@@ -142,11 +142,11 @@ def alignment_table() -> list[dict[str, str]]:  # one dict a row: Condition, L_a
 # %% ../nbs/00_conditions.ipynb #c017
 @dataclass(frozen=True)
 class Benchmark:
-    "A benchmark of Tab. 1, its group and its metric."
+    "A benchmark of Tab. 1, or a regime of App. A.10, its group and its metric."
 
     key: str
     title: str
-    group: str   # "fine-grained" or "reasoning"
+    group: str   # "fine-grained", "reasoning" or "regime"
     metric: str  # "anls", "relaxed_accuracy", "exact_match" or "multiple_choice"
 
 
@@ -164,6 +164,11 @@ BENCHMARKS: dict[str, Benchmark] = {b.key: b for b in (
 )}
 FINE_GRAINED = tuple(b.key for b in BENCHMARKS.values() if b.group == "fine-grained")
 REASONING = tuple(b.key for b in BENCHMARKS.values() if b.group == "reasoning")
+REGIMES: dict[str, Benchmark] = {b.key: b for b in (
+    Benchmark("texture", "Useless texture", "regime", "exact_match"),
+    Benchmark("smooth", "Smooth evidence", "regime", "multiple_choice"),
+)}
+TASKS = BENCHMARKS | REGIMES  # what a toy model is asked
 
 # %% ../nbs/00_conditions.ipynb #c020
 PRECISIONS = ("fp32", "bf16")

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 import heed_nb.hybrid
 from . import toyworld
-from .conditions import BENCHMARKS
+from .conditions import TASKS
 from .teachers import family_of
 
 # %% ../nbs/48_lmms_model.ipynb #c003
@@ -118,6 +118,6 @@ class ToyTask(ConfigurableMessagesTask):
         "Render the questions."
         key = self.config.metadata["benchmark"]
         rows = Questions(
-            {"key": q.key, "image": q.image, "question": q.question, "answers": [q.answer], "metric": BENCHMARKS[key].metric}
+            {"key": q.key, "image": q.image, "question": q.question, "answers": [q.answer], "metric": TASKS[key].metric}
             for q in toyworld.benchmark(key, dataset_kwargs["n"], dataset_kwargs["seed"]))
         self.dataset = self.dataset_no_image = {self.config.test_split: rows}

@@ -8,10 +8,10 @@ __all__ = ['PAPER', 'AVERAGES', 'ROWS', 'TITLES', 'LADDER', 'VARIANTS', 'ABLATIO
            'code_version', 'provenance', 'write_run', 'read_run', 'run_name', 'parse_run_name', 'read_runs',
            'paper_table', 'scores', 'at_budget', 'means', 'contrast', 'verdict', 'sentence', 'score_table',
            'markdown_table', 'score_markdown', 'contrast_markdown', 'findings', 'missing_runs', 'footnote',
-           'teacher_table', 'teacher_markdown', 'teacher_findings', 'budget_contrasts', 'budget_sentence', 'png',
-           'budget_figure', 'ladder_figure', 'run_note', 'paper_checks', 'paper_value', 'paper_claims', 'student_t',
-           'Measured', 'Evidence', 'claim_verdict', 'claims', 'claim_counts', 'claims_markdown', 'root', 'save_table',
-           'publish']
+           'teacher_table', 'teacher_markdown', 'teacher_findings', 'read_answers', 'pair_answers', 'joint_failures',
+           'budget_contrasts', 'budget_sentence', 'png', 'budget_figure', 'ladder_figure', 'run_note', 'paper_checks',
+           'paper_value', 'paper_claims', 'student_t', 'Measured', 'Evidence', 'claim_verdict', 'claims',
+           'claim_counts', 'claims_markdown', 'root', 'save_table', 'publish']
 
 # %% ../nbs/60_results.ipynb #c003
 import json, os, platform, re, shutil, subprocess, sys, time
@@ -149,7 +149,7 @@ def read_runs(
 # %% ../nbs/60_results.ipynb #c023
 import pandas as pd
 
-from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING, Scale, scales_folder
+from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING, TASKS, Scale, scales_folder
 
 # %% ../nbs/60_results.ipynb #c024
 PAPER = Path(heed_nb.__file__).parent/'paper'
@@ -168,19 +168,19 @@ def paper_table(
 # %% ../nbs/60_results.ipynb #c028
 AVERAGES = dict(fine_grained=FINE_GRAINED, reasoning=REASONING, average=FINE_GRAINED + REASONING)
 ROWS = (*FINE_GRAINED, 'fine_grained', *REASONING, 'reasoning', 'average')
-TITLES = {key: benchmark.title for key, benchmark in BENCHMARKS.items()} | dict(
+TITLES = {key: benchmark.title for key, benchmark in TASKS.items()} | dict(
     fine_grained='Fine-grained Avg. (6)', reasoning='Reasoning Avg. (4)', average='Avg. (10)', delta='Δ vs. teacher')
 _SCORES = ['condition', 'seed', 'token_budget', 'row', 'score', 'noise', 'run', 'commit']
 
 def scores(
     runs: list[dict],  # of `read_runs`
 ) -> pd.DataFrame:     # condition, seed, token_budget, row, score, noise, run, commit
-    "Every run's scores and averages, one a line; an average lacking a benchmark is left out. Raises ValueError on a benchmark that is not one of the ten."
+    "Every run's scores and averages, one a line; an average lacking a benchmark is left out. Raises ValueError on a benchmark that is neither one of the ten nor a regime."
     lines = []
     for run in runs:
         measured, n, git = run['numbers']['scores'], run['numbers']['n'], run['provenance']['git']
-        if unknown := set(measured) - set(BENCHMARKS):
-            raise ValueError(f'unknown benchmark {min(unknown)!r} in {run["path"]}; one of {", ".join(BENCHMARKS)}')
+        if unknown := set(measured) - set(TASKS):
+            raise ValueError(f'unknown benchmark {min(unknown)!r} in {run["path"]}; one of {", ".join(TASKS)}')
         variance = {key: s*(100 - s)/n[key] for key, s in measured.items()}
         averages = {row: keys for row, keys in AVERAGES.items() if set(keys) <= set(measured)}
         for row, keys in ({key: (key,) for key in measured} | averages).items():
@@ -221,7 +221,7 @@ def contrast(
     return dict(a=a, b=b, row=row, mean=delta.mean(), se=delta.sem(), n=n, ahead=int((delta > 0).sum()), noise=noise)
 
 # %% ../nbs/60_results.ipynb #c037
-_ON = {key: benchmark.title for key, benchmark in BENCHMARKS.items()} | dict(
+_ON = {key: benchmark.title for key, benchmark in TASKS.items()} | dict(
     fine_grained='the fine-grained average', reasoning='the reasoning average', average='the 10-benchmark average')
 
 def verdict(
@@ -274,7 +274,7 @@ def score_table(
     "Table 1, 5 or 8 at one budget: a line for each cell; columns are conditions, and contrasts such as C4-C3."
     part = at_budget(scores, token_budget)
     cells = means(part).rename(columns=dict(condition='column'))
-    cells = cells[cells.column.isin(conditions)].assign(paper=lambda f: [_paper_score(c, r) for c, r in zip(f.column, f.row)])
+    cells = cells[cells.column.isin(conditions) & cells.row.isin(ROWS)].assign(paper=lambda f: [_paper_score(c, r) for c, r in zip(f.column, f.row)])
     runs = cells.groupby('column').runs.first()
     lines = []
     pairs = [(c, 'C0', 'average') for c in conditions if c != 'C0'] + [(a, b, row) for a, b in CONTRASTS if {a, b} <= set(conditions) for row in MEASURES]
@@ -291,7 +291,7 @@ def _label(condition):
     return f'{condition} {CONDITIONS[condition].title}' if condition in (*LADDER, *VARIANTS) else condition
 
 def _number(mean, spread, row, sign=''):
-    digits = 1 if row in BENCHMARKS else 2  # as the paper prints them
+    digits = 1 if row in TASKS else 2  # as the paper prints them
     return f'{mean:{sign}.{digits}f}' + (f' ± {spread:.{digits}f}' if spread == spread else '')
 
 def markdown_table(
@@ -466,6 +466,34 @@ def teacher_findings(
     return found
 
 # %% ../nbs/60_results.ipynb #c063
+def read_answers(
+    run: dict,        # of `read_runs`
+) -> pd.DataFrame:    # by key, in the order asked: benchmark, question, answers, response, right
+    "A run's answers. Raises ValueError where they are not beside its evaluate.json."
+    path = run['path'].with_name('answers.jsonl')
+    if not path.exists(): raise ValueError(f'no {path.name} in {run["name"]}; run nbs/runs/evaluate.ipynb there again')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return pd.DataFrame([line | dict(right=line['score'] == 1) for line in lines]).set_index('key')[['benchmark', 'question', 'answers', 'response', 'right']]
+
+def pair_answers(
+    a: dict,          # of `read_runs`
+    b: dict,
+) -> pd.DataFrame:    # by key: benchmark, question, answers, response_a, right_a, response_b, right_b
+    "What two runs answered to the same questions. Raises ValueError where these differ."
+    first, second = read_answers(a), read_answers(b)
+    if not first.question.equals(second.question): raise ValueError(f'{a["name"]} and {b["name"]} answered different questions')
+    return first.rename(columns=dict(response='response_a', right='right_a')).join(second[['response', 'right']].add_suffix('_b'))
+
+def joint_failures(
+    pairs: pd.DataFrame,  # of `pair_answers`, of toy questions
+) -> pd.DataFrame:        # those that both fail, with kind: of toyworld.FAILURES
+    "The joint failures, sorted."
+    from heed_nb.toyworld import benchmark, failure  # here, as it brings torch
+    asked = {q.key: q for key, n in pairs.benchmark.value_counts().items() for q in benchmark(key, n)}
+    failed = pairs[~(pairs.right_a | pairs.right_b)]
+    return failed.assign(kind=[failure(asked[key], response) for key, response in failed.response_b.items()])
+
+# %% ../nbs/60_results.ipynb #c067
 def budget_contrasts(
     scores: pd.DataFrame,  # of `scores`
     a: str = 'C4',
@@ -493,13 +521,13 @@ def budget_sentence(
     text = '; '.join(f'{phrase} {groups[v]}' for v, phrase in says.items() if v in groups)
     return f'{one}On {_ON[row]}, {text} tokens.'
 
-# %% ../nbs/60_results.ipynb #c068
+# %% ../nbs/60_results.ipynb #c072
 from io import BytesIO
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-# %% ../nbs/60_results.ipynb #c069
+# %% ../nbs/60_results.ipynb #c073
 COLOURS = {'C0': '#4d4d4d', 'C1': '#e69f00', 'C2': '#56b4e9', 'C3': '#0072b2', 'C4': '#d55e00', 'C4-shuffled': '#cc79a7'}
 MARKS = {'C0': '', 'C1': 'o', 'C2': 's', 'C3': '^', 'C4': 'D', 'C4-shuffled': 'v'}
 
@@ -548,7 +576,7 @@ def budget_figure(
     figure.supxlabel(note, fontsize=7, color='#666666')
     return figure
 
-# %% ../nbs/60_results.ipynb #c071
+# %% ../nbs/60_results.ipynb #c075
 def ladder_figure(
     cells: pd.DataFrame,                  # of `score_table`
     conditions: tuple[str, ...] = LADDER,
@@ -580,7 +608,7 @@ def ladder_figure(
     figure.supxlabel(note, fontsize=7, color='#666666')
     return figure
 
-# %% ../nbs/60_results.ipynb #c073
+# %% ../nbs/60_results.ipynb #c077
 def run_note(
     runs: list[dict],   # of `read_runs`
 ) -> str:
@@ -590,7 +618,7 @@ def run_note(
     seeds, budgets = (sorted({run[key] for run in runs} - {None}) for key in ('seed', 'token_budget'))
     return f'{len(runs)} runs: {", ".join(conditions)}; seeds {", ".join(map(str, seeds))}; token budget {", ".join(map(str, budgets))}; commit {", ".join(commits)}'
 
-# %% ../nbs/60_results.ipynb #c076
+# %% ../nbs/60_results.ipynb #c080
 class _Ledger(list):
     def note(self, place, quantity, says, against, value, *, slack=None, bound=False):
         "A row: what `place` says, and `value` from `against`. It agrees to the last digit said, or within `slack`; a bound, if it holds."
@@ -693,7 +721,7 @@ def paper_checks() -> pd.DataFrame:  # place, quantity, says, against, recompute
     note('B.2', 'density cache, MB, "approximately 500"', '500', 'B.2: 360M at 4 bits, and 128 bytes of header and alignment for each of 540,000 samples with images', (360e6/2 + 128*images)/1e6, slack=50)
     return pd.DataFrame(ledger)
 
-# %% ../nbs/60_results.ipynb #c079
+# %% ../nbs/60_results.ipynb #c083
 PAPER_WORDS = (  # place, what it says, elsewhere, what that says
     ('A.6, Tab. 8', 'ablations: 2B tokens, one seed, no spread printed', 'C.1; B.3', 'ablations: 500M tokens, three seeds with ± 1σ; +LD raises the variance "at the 500M-token budget"'),
     ('Sect. 4.1', 'Stage 3: "full model trains end-to-end"', 'C.3, Tab. 11', '"only the replacement Mamba-2 blocks receive gradients in any stage"'),
@@ -707,7 +735,7 @@ PAPER_WORDS = (  # place, what it says, elsewhere, what that says
     ('A.10', "the ViT's 14×14 patches", "the teacher's configuration", 'Qwen3-VL has patches of 16×16'),
 )
 
-# %% ../nbs/60_results.ipynb #c083
+# %% ../nbs/60_results.ipynb #c087
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -738,7 +766,7 @@ def paper_claims() -> pd.DataFrame:  # id, place, claim, paper, spread, unit, me
     cells = lambda text: re.sub(r'[\w.]+\[.+?\]', lambda match: f'{paper_value(match[0]):g}', text)
     return frame.assign(paper=frame.paper.map(paper_value), spread=frame.spread.map(cells))
 
-# %% ../nbs/60_results.ipynb #c086
+# %% ../nbs/60_results.ipynb #c090
 def student_t(
     degrees: int,         # of freedom, 1 or more
     level: float = 0.95,
@@ -757,7 +785,7 @@ def student_t(
         low, high = (middle, high) if inside(middle) < level else (low, middle)
     return high
 
-# %% ../nbs/60_results.ipynb #c089
+# %% ../nbs/60_results.ipynb #c093
 @dataclass(frozen=True)
 class Measured:
     "What a measure found."
@@ -865,6 +893,15 @@ def _decile(evidence, curve, kind): return _over_images(evidence, lambda numbers
 
 def _unique(numbers): return {name: fitted['semi_partial'] for name, fitted in numbers['regressions']['drift']['predictors'].items()}
 
+def _failures(evidence, a, b):  # of OCRBench v2's questions that both fail, the share whose failure has a kind, %
+    if evidence.scale.data != 'toyworld': return Measured(why='the kinds of failure are told from toy pages')
+    rows, files, why = _paired(evidence, 'evaluate', [a, b])
+    if why: return Measured(why=why)
+    try: found = [joint_failures(pair_answers(row[a], row[b])).query("benchmark == 'ocrbench_v2'").kind for row in rows]
+    except ValueError as error: return Measured(files=files, why=str(error))
+    if not all(map(len, found)): return Measured(files=files, why=f'a seed has no question of OCRBench v2 that both {a} and {b} fail')
+    return _over_seeds([100*(kinds != 'other').mean() for kinds in found], files)
+
 def _lead(evidence, predictor):
     def over_next(numbers):
         shares = {name: share['value'] for name, share in _unique(numbers).items()}
@@ -881,9 +918,9 @@ MEASURED: dict[str, Callable] = dict(  # name -> (evidence, words...) -> Measure
     r2=lambda evidence: _over_images(evidence, lambda numbers: numbers['regressions']['drift']['r2']),
     semi_partial=lambda evidence, predictor: _over_images(evidence, lambda numbers: _unique(numbers)[predictor]),
     largest=lambda evidence, predictor: _over_images(evidence, lambda numbers: dict(value=numbers['regressions']['drift']['predictors'][predictor]['largest'], low=None, high=None)),
-    lead=_lead, correlation=_correlation, none=lambda evidence: Measured())
+    lead=_lead, correlation=_correlation, failures=_failures, none=lambda evidence: Measured())
 
-# %% ../nbs/60_results.ipynb #c091
+# %% ../nbs/60_results.ipynb #c095
 VERDICTS = ('reproduced', 'not reproduced', 'not tested at this scale')
 _X = r'(-?[\d.]+)'
 RULES: dict[str, Callable] = {  # what a rule says -> (measured, the paper's, its numbers) -> whether the claim is reproduced
@@ -930,7 +967,7 @@ def claims(
         lines.append(claim | dict(value=found.value, low=found.low, high=found.high, n=found.n, verdict=decided, why=why, runs=' '.join(files)))
     return pd.DataFrame(lines).astype(dict(value=float, low=float, high=float))
 
-# %% ../nbs/60_results.ipynb #c093
+# %% ../nbs/60_results.ipynb #c097
 def claim_counts(
     frame: pd.DataFrame,  # of `claims`
 ) -> str:
@@ -956,7 +993,7 @@ def claims_markdown(
         parts.append(f'## {place}\n\n' + markdown_table(['claim', 'the paper', 'here', 'reproduced if', 'verdict', 'run files'], rows, text_columns=6))
     return '\n\n'.join(parts)
 
-# %% ../nbs/60_results.ipynb #c097
+# %% ../nbs/60_results.ipynb #c101
 def root() -> Path:
     "The repository at or above the working directory: the folder that holds workflow/scales. Raises ValueError if there is none."
     return scales_folder().parents[1]
@@ -971,7 +1008,7 @@ def save_table(
     tables = Path(out)/'tables'
     return [write_file(tables/f'{name}.csv', frame.to_csv(index=False, lineterminator='\n')), write_file(tables/f'{name}.md', markdown.strip() + '\n')]
 
-# %% ../nbs/60_results.ipynb #c100
+# %% ../nbs/60_results.ipynb #c104
 PUBLISHED = ('tables/*.md', 'tables/*.csv', 'figures/*.png', 'claims.md', *(f'runs/**/{kind}.json' for kind in ('distill', 'evaluate', 'diagnose')))
 
 def _manifest(folder, scale):

@@ -149,7 +149,7 @@ def test_all_of_smoke(finished):
     for name in ("C0", "C1-seed0-budget3000", "C4-seed0-budget3000", "C6-seed0-budget3000", "teacher/C0", "teacher/C4-seed0-budget3000"):
         run = json.loads((out / "runs" / name / "evaluate.json").read_text())
         assert run["parameters"]["model_type"] == ("internvl" if name.startswith("teacher/") else "qwen3_vl")
-        assert len(run["numbers"]["scores"]) == 10 and all(0 <= score <= 100 for score in run["numbers"]["scores"].values())
+        assert len(run["numbers"]["scores"]) == 12 and all(0 <= score <= 100 for score in run["numbers"]["scores"].values())
     assert not any("Missing" in (out / f"tables/{name}.md").read_text() for name in ("table_01", "table_05", "table_06", "table_08", "table_09", "figure_a8"))
     assert "Table 1" in said and "| C4" in (out / "tables/table_01.md").read_text()
 

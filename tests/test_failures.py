@@ -1,0 +1,156 @@
+"The regimes in which density misleads, answers paired, failures sorted."
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, REASONING, REGIMES, TASKS
+from heed_nb.evaluate import evaluate, task_files
+from heed_nb.results import AVERAGES, ROWS, joint_failures, pair_answers, read_answers, score_table, scores
+from heed_nb.toyworld import BAND, COLOURS, FAILURES, PATCH, SIDE, Documents, Page, asked_text, benchmark, failure, glyph, render
+
+
+# The two tasks
+
+def test_regimes_are_beside_the_ten_and_in_no_average():
+    assert not set(REGIMES) & set(BENCHMARKS) and list(TASKS) == [*BENCHMARKS, *REGIMES]
+    assert not set(REGIMES) & {key for keys in AVERAGES.values() for key in keys} and not set(REGIMES) & set(ROWS)
+    assert {b.group for b in REGIMES.values()} == {"regime"} and len(FINE_GRAINED + REASONING) == 10
+    assert [path.stem for path in task_files("toy", list(REGIMES))] == list(REGIMES) and not task_files("paper", list(REGIMES))
+
+
+def run_of(condition, seed, measured):
+    return dict(condition=condition, seed=seed, token_budget=None if seed is None else 100, name=f"{condition}-{seed}", path="here",
+                numbers=dict(scores=measured, n=dict.fromkeys(measured, 100)), provenance=dict(git=dict(commit="a" * 40, dirty=False)))
+
+
+def test_a_regimes_score_moves_no_average_and_no_table():
+    ten = {key: 50.0 + i for i, key in enumerate(BENCHMARKS)}
+    alone, beside = (scores([run_of("C0", None, measured), run_of("C4", 0, measured)]) for measured in (ten, ten | {"texture": 0.0, "smooth": 100.0}))
+    assert beside[~beside.row.isin(REGIMES)].reset_index(drop=True).equals(alone) and sorted(beside[beside.condition == "C4"].row.tail(2)) != []
+    assert beside[beside.row == "smooth"].score.tolist() == [100, 100]
+    assert score_table(beside, 100).equals(score_table(alone, 100))
+
+
+def test_a_hatched_page_is_that_form_with_a_band_of_stripes():
+    for q in benchmark("texture", 20, 7):
+        top, slope, period = q.page.hatched
+        plain = np.asarray(render(Page(**{f: getattr(q.page, f) for f in ("kind", "paper", "texture", "shapes", "plates", "texts", "fields")}))).astype(int)
+        hatched = np.asarray(q.image).astype(int)
+        band = np.zeros(SIDE, bool)
+        band[top:top + BAND] = True
+        assert (plain == hatched)[~band].all()
+        y, x = np.mgrid[:BAND, :SIDE]
+        dark = (hatched[band] < plain[band]).all(-1)
+        assert (dark == ((x + slope * y) % period * 3 < period)).all()
+        assert not any(t.y < top + BAND and t.y + t.size > top for t in q.page.texts)
+        (field,) = [t for t in q.page.texts if t.field == q.question[-2]]
+        assert q.question == f"value of {field.field}?" and field.string == q.answer
+
+
+def test_the_plain_shape_has_its_colour_and_no_print_on_it():
+    for q in benchmark("smooth", 30, 7):
+        (shape,) = q.page.shapes
+        pixels = np.asarray(q.image)[shape.y:shape.y + shape.size + 1, shape.x:shape.x + shape.size + 1]
+        centre = pixels[shape.size * 2 // 3, shape.size // 2]
+        assert COLOURS[q.answer] == tuple(centre) and shape.colour == q.answer
+        assert (pixels == COLOURS[q.answer]).all(-1).mean() > 0.45  # a triangle covers half of its box
+        assert sorted(q.choices) == sorted(COLOURS) and q.question.split("? ")[0] == f"colour of {shape.name}"
+        assert len(q.page.texts) == 10 and not any(t.x <= shape.x + shape.size and t.x + 24 > shape.x and t.y <= shape.y + shape.size and t.y + 16 > shape.y for t in q.page.texts)
+
+
+def test_regimes_are_a_function_of_their_seed():
+    for key in REGIMES:
+        first, again, other = benchmark(key, 5), benchmark(key, 5), benchmark(key, 5, 1)
+        assert [(q.key, q.page, q.question) for q in first] == [(q.key, q.page, q.question) for q in again]
+        assert not {q.page for q in first} & {q.page for q in other} and first == [*benchmark(key, 3), *first[3:]]
+
+
+def test_training_pages_are_those_the_committed_teacher_saw():
+    import zlib
+    pages = [Documents(seed).page(i)[0] for seed in (0, 1) for i in range(200)]
+    assert not any(page.hatched for page in pages) and "hatched" not in repr(pages[0])
+    assert zlib.crc32("".join(map(repr, pages)).encode()) == 2845936255
+
+
+def test_the_paper_suite_has_no_regimes(tmp_path):
+    with pytest.raises(ValueError, match="unknown benchmark 'texture'; some of ocrbench_v2"):
+        evaluate(tmp_path, suite="paper", benchmarks=["texture"])
+
+
+@pytest.mark.slow
+def test_the_committed_teacher_answers_both(root):
+    assert min(evaluate(root / "outputs/teachers/toy-qwen3vl", benchmarks=list(REGIMES), questions=100, batch_size=100)["scores"].values()) >= 95
+
+
+# Answers of two runs
+
+def write_answers(folder, name, lines):
+    (folder / name).mkdir()
+    (folder / name / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return dict(name=name, path=folder / name / "evaluate.json")
+
+
+def line(q, response):
+    return dict(key=q.key, benchmark=q.benchmark, question=q.question, answers=[q.answer], response=response, score=float(response == q.answer))
+
+
+def test_pairs_and_joint_failures(tmp_path):
+    asked = [*benchmark("infovqa", 6), *benchmark("docvqa", 6), *benchmark("mathvista", 3)]
+    r = random.Random(0)
+    answers = [[q.answer if r.random() < 0.4 else "no" for q in asked] for _ in range(2)]
+    first, second = (write_answers(tmp_path, name, map(line, asked, said)) for name, said in zip(("C1", "C4"), answers))
+    pairs = pair_answers(first, second)
+    assert pairs.index.to_list() == [q.key for q in asked] and pairs.response_a.to_list() == answers[0] and pairs.response_b.to_list() == answers[1]
+    both = [q for q, x, y in zip(asked, *answers) if x == y == "no"]
+    kinds = joint_failures(pairs).kind
+    assert 0 < len(both) < len(asked) and kinds.to_dict() == {q.key: {"infovqa": "F3", "docvqa": "other", "mathvista": "F1"}[q.benchmark] for q in both}
+    assert joint_failures(pair_answers(first, first)).index.to_list() == [q.key for q, x in zip(asked, answers[0]) if x == "no"]
+
+
+def test_answers_that_are_missing_or_to_other_questions(tmp_path):
+    two, three = benchmark("docvqa", 2), benchmark("docvqa", 3)
+    first, second = (write_answers(tmp_path, name, [line(q, "1") for q in asked]) for name, asked in (("C3", two), ("C4", three)))
+    with pytest.raises(ValueError, match="C3 and C4 answered different questions"): pair_answers(first, second)
+    with pytest.raises(ValueError, match="no answers.jsonl in C1; run nbs/runs/evaluate.ipynb there again"):
+        read_answers(dict(name="C1", path=tmp_path / "C1" / "evaluate.json"))
+
+
+# Kinds of failure
+
+@pytest.mark.parametrize("key", TASKS)
+def test_a_failure_is_of_the_kind_its_page_says(key):
+    for q in benchmark(key, 25, 3):
+        text, wrong = asked_text(q), "zz"
+        if key in (*FINE_GRAINED, "texture"):
+            assert text.string == q.answer and dict(q.page.fields)[text.field] == q.answer
+            boxes = [glyph(c, text.font, text.size)[0].size for c in q.answer]
+            assert failure(q, wrong) == ("F3" if all(max(box) <= PATCH for box in boxes) else "other") and (failure(q, wrong) == "F3") == (text.size == 11)
+            for value in {value for _, value in q.page.fields} - {q.answer}: assert failure(q, f" {value}\n") == "F1"
+        else:
+            assert text is None and failure(q, wrong) == ("F1" if key in ("mathvista", "mmmu_pro") else "other")
+        assert failure(q, wrong) in FAILURES
+
+
+def test_a_key_that_is_printed_is_no_other_fields_answer():
+    q = benchmark("docvqa", 1)[0]
+    assert failure(q, q.question[-2]) == "other"
+
+
+# The claim
+
+def test_the_claim_counts_ocrbench_alone(tmp_path):
+    from heed_nb.results import MEASURED, Evidence
+    asked = [*benchmark("ocrbench_v2", 40), *benchmark("mathvista", 5)]
+    for name, condition in (("C1-seed0-budget100", "C1"), ("C4-seed0-budget100", "C4")):
+        write_answers(tmp_path, name, [line(q, "zz") for q in asked])
+        (tmp_path / name / "evaluate.json").write_text(json.dumps(dict(kind="evaluate", parameters={}, numbers=dict(scores={}, n={}), provenance={})))
+    scale = SimpleNamespace(data="toyworld", token_budget=100)
+    small = sum(asked_text(q).size == 11 for q in asked[:40])
+    found = MEASURED["failures"](Evidence(tmp_path, scale), "C1", "C4")
+    assert 0 < small < 40 and found.value == pytest.approx(100 * small / 40) and found.why == "one seed"
+    (tmp_path / "C1-seed0-budget100" / "answers.jsonl").unlink()
+    assert "no answers.jsonl in C1-seed0-budget100" in MEASURED["failures"](Evidence(tmp_path, scale), "C1", "C4").why
+    assert MEASURED["failures"](Evidence(tmp_path, SimpleNamespace(data="paper", token_budget=100)), "C1", "C4").why
