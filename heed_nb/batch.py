@@ -137,12 +137,13 @@ class Batch:
             return list(dict.fromkeys(run for pair in self.choice_runs() for run in pair))
         if "runs" not in given:
             return []
-        shown, budgets = self.conditions_of(name), [self.scale.token_budget, *(self.scale.budgets if "token_budget" not in given else ())]
-        few = () if self.seeds_given else given.get("few_seeds", ())  # conditions with the scale's family_seeds
-        found = self.runs([c for c in shown if c not in few], seeds, budgets) + self.runs([c for c in shown if c in few], self.scale.family_seeds, budgets)[1:]
+        shown, budget, few_seeds = self.conditions_of(name), self.scale.token_budget, self.seeds if self.seeds_given else self.scale.family_seeds
+        few = given.get("few_seeds", ())  # conditions
+        found = self.runs([c for c in shown if c not in few], seeds, [budget]) + self.runs([c for c in shown if c in few], few_seeds, [budget])[1:]
+        if "token_budget" not in given: found += self.runs(shown, few_seeds, {*self.scale.budgets} - {budget})[1:]
         if "teachers" in given:
             others = [of for of, path in self.teachers.items() if of and path not in self.untrained]
-            found += [run for of in others for run in self.runs(shown, self.seeds if self.seeds_given else self.scale.family_seeds, budgets, of)]
+            found += [run for of in others for run in self.runs(shown, few_seeds, [budget], of)]
         return found
 
     def ordered(self) -> list[Run]:
