@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'heed_nb.conditions.check_keys': ('conditions.html#check_keys', 'heed_nb/conditions.py'),
                                     'heed_nb.conditions.check_parameters': ('conditions.html#check_parameters', 'heed_nb/conditions.py'),
                                     'heed_nb.conditions.checked': ('conditions.html#checked', 'heed_nb/conditions.py'),
+                                    'heed_nb.conditions.differing': ('conditions.html#differing', 'heed_nb/conditions.py'),
                                     'heed_nb.conditions.get_condition': ('conditions.html#get_condition', 'heed_nb/conditions.py'),
                                     'heed_nb.conditions.load_scale': ('conditions.html#load_scale', 'heed_nb/conditions.py'),
                                     'heed_nb.conditions.merged': ('conditions.html#merged', 'heed_nb/conditions.py'),

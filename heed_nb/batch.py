@@ -73,7 +73,7 @@ def notebook_parameters(
     return {target.id: ast.literal_eval(line.value) for line in ast.parse(source).body if isinstance(line, ast.Assign) for target in line.targets}
 
 
-SMOKE = ("C5", "C6", "-Density", "mask-25", "random-25")  # at smoke, what notebooks show beside the scale's conditions: one of a kind
+SMOKE = ("C5", "C6", "-Density", "tau-1", "mask-25", "random-25", "mmMamba")  # at smoke, what notebooks show beside the scale's conditions: one of a kind
 
 
 class Batch:

@@ -13,14 +13,15 @@ from types import ModuleType
 import yaml
 
 # %% auto #0
-__all__ = ['ALIGNMENTS', 'WEIGHTS', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED', 'REASONING',
-           'REGIMES', 'TASKS', 'PRECISIONS', 'INITS', 'DATA', 'SCALE_KEYS', 'SECTION_KEYS', 'Condition',
-           'get_condition', 'recipe_table', 'alignment_table', 'Benchmark', 'checked', 'TrainSettings', 'Scale',
-           'scales_folder', 'merged', 'all_teachers', 'check_keys', 'load_scale', 'check_parameters']
+__all__ = ['ALIGNMENTS', 'WEIGHTS', 'EQ_3', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED',
+           'REASONING', 'REGIMES', 'TASKS', 'PRECISIONS', 'INITS', 'DATA', 'SCALE_KEYS', 'SECTION_KEYS', 'Condition',
+           'get_condition', 'differing', 'recipe_table', 'alignment_table', 'Benchmark', 'checked', 'TrainSettings',
+           'Scale', 'scales_folder', 'merged', 'all_teachers', 'check_keys', 'load_scale', 'check_parameters']
 
 # %% ../nbs/00_conditions.ipynb #c005
 ALIGNMENTS = (None, "head_output", "attention_output", "residual")
 WEIGHTS = ("uniform", "density", "text_boost", "shuffled", "mask", "random_mask", "gradient", "layer_gradient", "single_layer_gradient")
+EQ_3 = ("density", "text_boost", "shuffled")  # the weights that tau and beta make
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Condition:
     alignment: str | None = None   # what Stages 1/2 match; None: they are skipped
     weights: str = "uniform"       # of the positions in Stages 1/2
     mask_share: float = 0.0        # of the visual positions, the share that a binary mask weighs more (A.8)
+    tau: float | None = None         # Eq. 3; None: the settings'
+    text_boost: float | None = None  # beta; None: the settings'
     teacher_forced: bool = False   # Stages 1/2: each replaced layer reads the teacher's stream, not the student's
     kd: bool = True                # whether Stage 3 follows the teacher's logits (Eq. 1)
     notes: str = ""
@@ -47,6 +50,13 @@ class Condition:
             raise ValueError(f"unknown weights {self.weights!r}; one of {', '.join(WEIGHTS)}")
         if not 0 <= self.mask_share <= 1 or ("mask" in self.weights) != (self.mask_share > 0):
             raise ValueError(f"mask_share is {self.mask_share} with the weights {self.weights!r}; a mask takes a share above 0 and at most 1, other weights 0")
+        for name in ("tau", "text_boost"):
+            if (value := getattr(self, name)) is not None and self.weights not in EQ_3:
+                raise ValueError(f"{name} is {value!r} with the weights {self.weights!r}; only {', '.join(EQ_3)} take one")
+        if self.tau is not None and not 0 < self.tau < math.inf:
+            raise ValueError(f"tau is {self.tau!r}; it must be above 0")
+        if self.text_boost is not None and not 0 <= self.text_boost < math.inf:
+            raise ValueError(f"text_boost is {self.text_boost!r}; it must be 0 or more")
         if "gradient" in self.weights and self.alignment != "residual":
             raise ValueError(f"weights {self.weights!r} are gradients of the residuals; the alignment is {self.alignment!r}")
 
@@ -92,6 +102,9 @@ CONDITIONS: dict[str, Condition] = {c.name: c for c in (
                 notes=f"C3 with 5x on {which} {share} % of the visual positions", source="A.8")
       for name, title, weights, which in (("mask", "Mask by density", "mask", "the densest"), ("random", "Random mask", "random_mask", "a random"))
       for share in (10, 25, 50)),
+    *(Condition(f"{letter}-{value:g}", f"HEED, {symbol} = {value:g}", alignment="residual", weights="density", **{name: value},
+                notes=f"C4 with {symbol} = {value:g}", source="sweep, not in the paper")
+      for letter, symbol, name, values in (("tau", "τ", "tau", (0.25, 1.0)), ("beta", "β", "text_boost", (1.0, 4.0))) for value in values),
     Condition("LoLCATs", "LoLCATs", alignment="head_output", teacher_forced=True, kd=False,
               notes="prior recipe: heads' outputs, then the cross-entropy alone", source="Tab. 3"),
     Condition("MOHAWK", "MOHAWK / Llama", weight_transfer=False, orient=True, alignment="attention_output", teacher_forced=True,
@@ -112,7 +125,16 @@ def get_condition(
         raise ValueError(f"unknown condition {name!r}; one of {', '.join(CONDITIONS)}")
     return CONDITIONS[name]
 
-# %% ../nbs/00_conditions.ipynb #c012
+# %% ../nbs/00_conditions.ipynb #c010
+def differing(
+    a: str,      # a key of CONDITIONS
+    b: str,
+) -> set[str]:   # {"weights"} of C3 and C4
+    "The fields in which two conditions train differently; of none where they are one training. Raises ValueError on an unknown condition."
+    a, b = asdict(get_condition(a)), asdict(get_condition(b))
+    return {k for k in a if a[k] != b[k]} - {"name", "title", "notes", "source"}
+
+# %% ../nbs/00_conditions.ipynb #c013
 RECIPES = ("LoLCATs", "MOHAWK", "Mamba-in-Llama", "MaTVLM", "mmMamba", "C1", "C2", "C3", "C4")
 ALIGNMENT_TITLES = {
     (None, "uniform"): "— (Stages 1/2 skipped)",
@@ -139,7 +161,7 @@ def alignment_table() -> list[dict[str, str]]:  # one dict a row: Condition, L_a
         rows.append({"Condition": f"{condition.name} ({condition.title})", "L_align": loss, "Notes": condition.notes})
     return rows
 
-# %% ../nbs/00_conditions.ipynb #c017
+# %% ../nbs/00_conditions.ipynb #c018
 @dataclass(frozen=True)
 class Benchmark:
     "A benchmark of Tab. 1, or a regime of App. A.10, its group and its metric."
@@ -170,7 +192,7 @@ REGIMES: dict[str, Benchmark] = {b.key: b for b in (
 )}
 TASKS = BENCHMARKS | REGIMES  # what a toy model is asked
 
-# %% ../nbs/00_conditions.ipynb #c020
+# %% ../nbs/00_conditions.ipynb #c021
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -254,7 +276,7 @@ class TrainSettings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; one of {', '.join(allowed)}")
 
-# %% ../nbs/00_conditions.ipynb #c023
+# %% ../nbs/00_conditions.ipynb #c024
 @dataclass(frozen=True)
 class Scale:
     "The parameters of a scale, checked."
@@ -266,7 +288,7 @@ class Scale:
     conditions: tuple = ("C0", "C1", "C2", "C3", "C4")  # of Tables 1 and 6; a notebook of nbs/paper that shows others names them
     seeds: tuple = (0,)
     more_seeds: dict = field(default_factory=dict)  # condition -> seeds that it has beside `seeds`
-    family_seeds: tuple = (0,)              # of Table 6's other teachers, of what notebooks of nbs/paper name few_seeds, and of the open points
+    family_seeds: tuple = (0,)              # of the curve at other budgets, Table 6's other teachers, what notebooks of nbs/paper name few_seeds, and the open points
     budgets: tuple = ()                     # token budgets of the curve; empty: no curve
     init: str = "paper"                     # start of the mixers' new parameters
     open_points: tuple = ()                 # which choices of heed_nb/paper/open_points.csv are tried, e.g. "init=mamba"
@@ -407,7 +429,7 @@ def load_scale(
         scale.settings(token_budget=budget)
     return scale
 
-# %% ../nbs/00_conditions.ipynb #c027
+# %% ../nbs/00_conditions.ipynb #c028
 def check_parameters(
     namespace: dict,  # globals() of the notebook
     allowed,          # names of its parameters

@@ -195,7 +195,8 @@ def alignment_weights(
         over = settings.normalize_over
     if kind == "mask":
         return mask_weights(density, visual, attention_mask, condition.mask_share)
-    weights = position_weights(density, visual, attention_mask=attention_mask, tau=settings.tau, text_boost=settings.text_boost, normalize_over=over)
+    tau, text_boost = (getattr(settings if getattr(condition, name) is None else condition, name) for name in ("tau", "text_boost"))
+    weights = position_weights(density, visual, attention_mask=attention_mask, tau=tau, text_boost=text_boost, normalize_over=over)
     return shuffled_weights(weights, visual, scores) if kind == "shuffled" else weights
 
 # %% ../nbs/32_trainer.ipynb #c018

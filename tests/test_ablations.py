@@ -1,4 +1,4 @@
-"Tables 8 and 9, App. A.8's curves and the picture of the pipeline, from runs made by hand and from the registry."
+"Tables 8 and 9, the recipes of Table 3, App. A.8's curves and the picture of the pipeline, from runs made by hand and from the registry."
 import csv
 import re
 import statistics
@@ -10,8 +10,8 @@ from test_results import cell, notebook
 
 from heed_nb import conditions as registry
 from heed_nb.batch import Batch
-from heed_nb.conditions import BENCHMARKS, CONDITIONS, Condition, load_scale
-from heed_nb.results import ABLATIONS, paper_table, run_name, write_run
+from heed_nb.conditions import BENCHMARKS, CONDITIONS, RECIPES, Condition, load_scale
+from heed_nb.results import ABLATIONS, SWEEP, paper_table, run_name, write_run
 
 BUDGET = 2000
 
@@ -45,7 +45,7 @@ def test_table_8_of_one_seed(made):
     text, lines, _ = made("table_08", {"C0": {0: 90}, "C4": {0: 60, 1: 99}, "-Residual": {0: 40}, "-Density": {0: 58}, "+LD": {0: 61}})
     assert cell(text, "-Residual", "OCRBench v2") == "40.0" and cell(text, "-Residual", "Δ to C4") == "-20.0" and cell(text, "C4 HEED", "OCRBench v2") == "60.0"
     assert "-Residual is behind C4 on OCRBench v2: -20.00 points (one seed" in text and "The paper has -2.5." in text
-    assert "+SL against C4 on OCRBench v2: no seed has both." in text and "**Missing**: +SL-seed0-budget2000." in text
+    assert "+SL against C4 on OCRBench v2: no seed has both." in text and "**Missing**: +SL-seed0-budget2000, tau-0.25-seed0" in text
     assert (lines["ocrbench_v2", "-Residual-C4"]["mean"], lines["ocrbench_v2", "-Residual-C4"]["paper"]) == ("-20.0", "-2.5")
     assert float(lines["fine_grained", "-Residual-C4"]["mean"]) == pytest.approx(-20 / 6, abs=1e-4) and float(lines["reasoning", "-Density-C4"]["mean"]) == 0
 
@@ -53,13 +53,43 @@ def test_table_8_of_one_seed(made):
 def test_table_8_over_seeds_is_paired(made):
     text, lines, _ = made("table_08", {"C4": {0: 60, 1: 70, 2: 81}, "+SL": {0: 59, 1: 68, 3: 5}}, seeds=[0, 1, 2, 3], conditions=["C4", "+SL"])
     assert cell(text, "+SL", "Δ to C4") == "-1.5 ± 0.5" and lines["ocrbench_v2", "+SL-C4"]["n"] == "2"
-    assert "+SL does not beat C4 on OCRBench v2: -1.50 ± 0.50" in text and "Not run: C0, -Residual, -Density, +LD." in text
+    assert "+SL does not beat C4 on OCRBench v2: -1.50 ± 0.50" in text and "Not run: C0, -Residual, -Density, +LD, tau-0.25, tau-1, beta-1, beta-4." in text
+
+
+def test_heed_at_several_tau_and_beta(made):
+    text, lines, _ = made("table_08", {"C4": {0: 60, 1: 70}, "tau-0.25": {0: 58}, "tau-1": {0: 61, 1: 73}, "beta-4": {0: 66}}, seeds=[0, 1], conditions=["C4", *SWEEP])
+    sweep = [[word.strip() for word in line.split("|")[1:-1]] for line in text.partition("C4 at other temperatures")[2].splitlines() if line.startswith("|")]
+    assert sweep[0][:5] == ["", "τ", "β", "OCRBench v2", "Δ to C4"] and [line[:3] for line in sweep[2:]] == [
+        ["tau-0.25", "0.25", "2"], ["beta-1", "0.5", "1"], ["C4", "0.5", "2"], ["beta-4", "0.5", "4"], ["tau-1", "1", "2"]]
+    assert [line[3:5] for line in sweep[2:]] == [["58.0", "-2.0"], ["", ""], ["65.0 ± 7.1", ""], ["66.0", "+6.0"], ["67.0 ± 8.5", "+2.0 ± 1.0"]]
+    assert lines["ocrbench_v2", "tau-1-C4"]["mean"] == "2.0" and lines["ocrbench_v2", "tau-1"]["paper"] == ""
+    assert "tau-1 does not clearly beat C4 on OCRBench v2: +2.00 ± 1.00" in text and "beta-1 against C4 on OCRBench v2: no seed has both." in text
+    said = next(line for line in text.splitlines() if line.startswith("- tau-0.25 is"))
+    assert "The paper has" not in said and cell(text, "-Density", "OCRBench v2") == "" and "tau-1" not in text.partition("C4 at other")[0]
 
 
 def test_the_papers_rows_are_those_of_the_registry():
     assert list(paper_table(8).index) == ["C0", "C4", *ABLATIONS] and all(CONDITIONS[c].source == "Tab. 8" for c in ABLATIONS)
     masks = {round(100 * c.mask_share) for c in CONDITIONS.values() if c.mask_share}
     assert masks | {0} == set(paper_table("A.8").index)
+
+
+# The recipes of Table 3
+
+def test_recipes_that_ran_stand_beside_those_that_did_not(made):
+    text, lines, _ = made("table_03_runs", {"C0": {0: 90}, "C1": {0: 40, 1: 44}, "C4": {0: 60, 1: 62}, "LoLCATs": {0: 30}, "mmMamba": {0: 61, 1: 99}}, seeds=[0, 1])
+    run = lambda recipe: [cell(text, recipe, column) for column in ("run", "OCRBench v2")]
+    assert run("LoLCATs") == ["1 seed", "30.0"] and run("C1: KD") == ["2 seeds", "42.0 ± 2.8"] and run("mmMamba")[1] == "80.0 ± 26.9" and run("C0: Teacher")[1] == "90.0"
+    assert run("Mamba-in-Llama") == ["2 seeds of C1", "42.0 ± 2.8"] and run("MOHAWK / Llama") == run("MaTVLM") == run("C2: HSA") == ["not run", ""]
+    assert cell(text, "C4: HEED", "RSA") == "✓ᵂ" and cell(text, "LoLCATs", "KD") == "" and cell(text, "LoLCATs", "Reasoning Avg. (4)") == "50.00"
+    assert "- LoLCATs is behind C4 on OCRBench v2: -30.00 points (one seed" in text and "- Mamba-in-Llama, as C1, does not beat C4 on OCRBench v2: -19.00 ± 1.00" in text
+    assert "MOHAWK against C4 on OCRBench v2: no seed has both." in text and "MaTVLM-seed1-budget2000" in text.partition("**Missing**")[2] and "Mamba-in-Llama-seed" not in text
+    assert lines["ocrbench_v2", "LoLCATs"]["mean"] == "30.0" and ("ocrbench_v2", "Mamba-in-Llama") not in lines
+
+
+def test_a_recipe_of_its_own_runs_where_it_is_asked_for(made):
+    text, _, _ = made("table_03_runs", {"C1": {0: 40}, "Mamba-in-Llama": {0: 41}}, conditions=["C1", "Mamba-in-Llama"])
+    assert [cell(text, "Mamba-in-Llama", column) for column in ("run", "OCRBench v2")] == ["1 seed", "41.0"] and cell(text, "C4: HEED", "run") == "not run"
 
 
 # Table 9
@@ -106,10 +136,10 @@ def test_density_masks_of_several_seeds_are_paired(made):
     assert "At 10 %: mask-10 beats random-10 on OCRBench v2: +3.50 ± 0.50 points" in text
 
 
-@pytest.mark.parametrize("name", ["table_08", "table_09", "figure_a8"])
+@pytest.mark.parametrize("name", ["table_03_runs", "table_08", "table_09", "figure_a8"])
 def test_without_runs_it_says_so_in_one_line(name, root, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
-    with pytest.raises(ValueError, match=r"^no run of C0, C\d.* at \d+ tokens in .*; run `make all SCALE=toy` first$"):
+    with pytest.raises(ValueError, match=r"^no run of C0, \w.* at \d+ tokens in .*; run `make all SCALE=toy` first$"):
         notebook(root, name, runs=tmp_path, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -121,10 +151,11 @@ def test_ablations_and_density_masks_have_few_seeds(root, monkeypatch):
     scale = replace(load_scale("toy"), seeds=(0, 1, 2), family_seeds=(0,))
     seeds = lambda name, batch: {c: sorted(run.seed for run in batch.runs_of(name) if run.condition == c) for c in batch.conditions_of(name) if c != "C0"}
     batch = Batch(scale)
-    assert seeds("table_08", batch) == dict.fromkeys(("C4", *ABLATIONS), [0]) and seeds("table_09", batch) == {"C3": [0, 1, 2], "C4": [0, 1, 2]}
+    assert seeds("table_08", batch) == dict.fromkeys(("C4", *ABLATIONS, *SWEEP), [0]) and seeds("table_09", batch) == {"C3": [0, 1, 2], "C4": [0, 1, 2]}
     assert seeds("figure_a8", batch) == {c: [0] if c.startswith("mask") else [0, 1, 2] for c in batch.conditions_of("figure_a8")[1:]}
-    assert seeds("table_08", Batch(scale, seeds=[4, 5])) == dict.fromkeys(("C4", *ABLATIONS), [4, 5])
-    assert {run.token_budget for name in ("table_08", "table_09", "figure_a8") for run in batch.runs_of(name)} == {None, scale.token_budget}
+    assert seeds("table_08", Batch(scale, seeds=[4, 5])) == dict.fromkeys(("C4", *ABLATIONS, *SWEEP), [4, 5])
+    assert seeds("table_03_runs", batch) == {c: [0, 1, 2] if c in ("C1", "C2", "C3", "C4") else [0] for c in RECIPES if c != "Mamba-in-Llama"}
+    assert {run.token_budget for name in ("table_03_runs", "table_08", "table_09", "figure_a8") for run in batch.runs_of(name)} == {None, scale.token_budget}
     assert batch.runs_of("figure_04") == []
     assert [c for c in Batch(load_scale("smoke")).conditions_of("figure_a8")] == ["C0", "C1", "C4", "mask-25", "random-25"]
 

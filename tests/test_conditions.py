@@ -36,6 +36,11 @@ def test_table_10_is_the_papers():
     (dict(weights="mask"), "mask_share is 0.0 with the weights 'mask'"),
     (dict(weights="random_mask", mask_share=1.5), "mask_share is 1.5"),
     (dict(weights="density", mask_share=0.1), "mask_share is 0.1 with the weights 'density'"),
+    (dict(tau=1.0), "tau is 1.0 with the weights 'uniform'; only density, text_boost, shuffled take one"),
+    (dict(weights="mask", mask_share=0.1, text_boost=4.0), "text_boost is 4.0 with the weights 'mask'"),
+    (dict(weights="density", tau=0.0), "tau is 0.0; it must be above 0"),
+    (dict(weights="density", tau=float("nan")), "tau is nan; it must be above 0"),
+    (dict(weights="shuffled", text_boost=-1.0), "text_boost is -1.0; it must be 0 or more"),
     (dict(alignment="head_output", weights="layer_gradient"), "are gradients of the residuals; the alignment is 'head_output'"),
     (dict(alignment="logits"), "unknown alignment 'logits'; one of None, head_output"),
 ])

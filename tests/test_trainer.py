@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForC
 import tiny
 from heed_nb import trainer
 from heed_nb.conditions import CONDITIONS, TrainSettings
+from heed_nb.density import position_weights
 from heed_nb.hybrid import mixer_parameters, pair_with_teacher, teacher_path, to_hybrid, transferred_parameters
 from heed_nb.teachers import family_of
 from heed_nb.trainer import checkpoints, distill
@@ -148,7 +150,7 @@ def test_what_trains_in_each_stage(tmp_path, monkeypatch, stage, tokens):
     assert moved == set(before) - transferred if stage == 1 else moved >= transferred
 
 
-@pytest.mark.parametrize("condition", [name for name in CONDITIONS if name not in ("C0", "C3", "C4", "Mamba-in-Llama", "mask-10", "random-10", "mask-50", "random-50")])
+@pytest.mark.parametrize("condition", [name for name in CONDITIONS if name not in ("C0", "C3", "C4", "Mamba-in-Llama", "mask-10", "random-10", "mask-50", "random-50", "tau-0.25", "tau-1", "beta-1", "beta-4")])
 def test_every_condition_runs_and_its_loss_falls(tmp_path, condition):
     settings = replace(SETTINGS, token_budget=1000, lr=3e-3, stages=(0.0, 0.5, 0.5), orient_share=0.3)
     run(tmp_path, condition, settings, data=FiniteNoise(4))  # the same four samples in each step
@@ -314,6 +316,20 @@ def test_gradient_weights_of_a_step_are_eq_7(family):
         torch.testing.assert_close(weights, expected * (real.sum(-1) / expected.sum(-1))[..., None], rtol=1e-3, atol=1e-4)
         for ours, plain in zip(target, seen["C3"][0]):
             torch.testing.assert_close(ours, plain)
+
+
+def test_a_conditions_own_tau_and_beta_are_those_of_its_weights(monkeypatch):
+    "Each row of the sweep is Algorithm 1 with its number; what it leaves open is the settings', as all of C4's is."
+    model, kind, layers, batch, inputs = paired("qwen3_vl")
+    used, settings, mask = [], replace(SETTINGS, tau=0.7, text_boost=1.5), batch["attention_mask"]
+    monkeypatch.setattr(trainer, "residual_alignment", lambda student, target, weights: used.append(weights))
+    own = {"C4": {}, "tau-0.25": dict(tau=0.25), "tau-1": dict(tau=1.0), "beta-1": dict(text_boost=1.0), "beta-4": dict(text_boost=4.0)}
+    density = kind.density(inputs)
+    expected = [position_weights(density, inputs.visual_mask, attention_mask=mask, **dict(tau=0.7, text_boost=1.5) | given) for given in own.values()]
+    for name in own:
+        trainer.step_loss(2, model, kind, batch, list("abcd"), CONDITIONS[name], settings, trainer.Phases(torch.device("cpu")))
+    torch.testing.assert_close(used, expected, rtol=0, atol=0)
+    assert not any(one.allclose(other) for one, other in combinations(used, 2))
 
 
 @pytest.mark.parametrize("family", tiny.TINY)
