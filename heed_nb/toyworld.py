@@ -16,6 +16,7 @@ import random
 import re
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -540,6 +541,7 @@ def train_teacher(
     batch_size: int = 32,
     lr: float = 1.5e-3,            # peak of each phase's cosine, after 2 % warm-up
     seed: int = 0,
+    kinds: Sequence[str] = KINDS,  # of its pages, each as often as it is named
     checkpoint_every: int = 100,   # steps
     device: str = "cpu",
     config: dict | None = None,    # fields of teacher_config
@@ -574,7 +576,7 @@ def train_teacher(
                 first, history, spent, began = saved["step"], saved["history"], saved["seconds"], time.perf_counter()
                 for n, of_n in state.items(): of_n.update({k: tensors[f"{k}/{n}"] for k in ("momentum", "step", "exp_avg", "exp_avg_sq") if f"{k}/{n}" in tensors})
         batches = torch.utils.data.DataLoader(
-            _Batches(Documents(seed), process, phase, batch_size), batch_size=None, sampler=range(first, steps), num_workers=1,
+            _Batches(Documents(seed, kinds=kinds), process, phase, batch_size), batch_size=None, sampler=range(first, steps), num_workers=1,
             generator=torch.Generator().manual_seed(0))
         bar = tqdm(batches, desc=phase, initial=first, total=steps)
         for step, batch in enumerate(bar, first + 1):
