@@ -1,0 +1,66 @@
+"The toy teachers that come with the repository: one a family, of the size and the bar that they promise, through harness and converter."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from heed_nb.evaluate import evaluate
+from heed_nb.hybrid import to_hybrid
+from heed_nb.results import read_run
+from heed_nb.teachers import FAMILIES, load_teacher
+from heed_nb.toyworld import TOYS, benchmark
+
+FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "outputs/teachers").glob("*/config.json"))
+folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+
+def test_there_is_one_of_each_family():
+    types = [json.loads((folder / "config.json").read_text())["model_type"] for folder in FOLDERS]
+    assert sorted(types) == sorted(TOYS) and len(TOYS) == len(FAMILIES)
+
+
+@folders
+def test_size_and_bar(folder):
+    with safe_open(folder / "model.safetensors", "pt") as f: shapes = {name: f.get_slice(name) for name in f.keys()}
+    assert {s.get_dtype() for s in shapes.values()} == {"BF16"}
+    parameters = sum(torch.Size(s.get_shape()).numel() for s in shapes.values())
+    numbers = read_run(folder / "teacher.json")["numbers"]
+    assert parameters == numbers["parameters"] <= 4.5e6
+    assert min(numbers["means"].values()) >= 95
+
+
+@folders
+def test_reads_through_the_harness(folder, tmp_path):
+    scores = evaluate(folder, benchmarks=["docvqa", "ai2d", "mmstar"], questions=20, batch_size=20, out=tmp_path)["scores"]
+    assert min(scores.values()) >= 80
+
+
+LOAD = """
+import sys, torch, heed_nb.hybrid
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for folder in sys.argv[1:]:
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    batch = torch.load(folder + "/batch.pt", weights_only=False)
+    torch.save((type(model).__name__, model.generate(**batch, max_new_tokens=8, do_sample=False)), folder + "/out.pt")
+"""
+
+
+def test_hybrids_of_all_generate_in_a_new_process(tmp_path):
+    students = {}
+    for folder in FOLDERS:
+        teacher, processor = load_teacher(folder)
+        student, out = to_hybrid(teacher).eval(), tmp_path / folder.name
+        student.save_pretrained(out)
+        processor.save_pretrained(out)
+        chats = [[{"role": "user", "content": [{"type": "image", "image": q.image}, {"type": "text", "text": q.question}]}] for q in benchmark("docvqa", 3)]
+        batch = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True)
+        torch.save(dict(batch), out / "batch.pt")
+        students[out] = student, batch
+    subprocess.run([sys.executable, "-c", LOAD, *map(str, students)], check=True)
+    for out, (student, batch) in students.items():
+        name, generated = torch.load(out / "out.pt")
+        assert name == type(student).__name__ and torch.equal(generated, student.generate(**batch, max_new_tokens=8, do_sample=False))
