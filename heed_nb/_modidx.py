@@ -405,6 +405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'heed_nb.results._spread': ('results.html#_spread', 'heed_nb/results.py'),
                                  'heed_nb.results._steps': ('results.html#_steps', 'heed_nb/results.py'),
                                  'heed_nb.results._unique': ('results.html#_unique', 'heed_nb/results.py'),
+                                 'heed_nb.results.asked_runs': ('results.html#asked_runs', 'heed_nb/results.py'),
                                  'heed_nb.results.at_budget': ('results.html#at_budget', 'heed_nb/results.py'),
                                  'heed_nb.results.budget_contrasts': ('results.html#budget_contrasts', 'heed_nb/results.py'),
                                  'heed_nb.results.budget_figure': ('results.html#budget_figure', 'heed_nb/results.py'),

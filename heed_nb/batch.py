@@ -120,7 +120,7 @@ class Batch:
         "The runs of the scale's open points, each with the run of the default; none where conditions are given."
         tried, budget = [] if self.narrowed else map(choices().get, self.scale.open_points), self.scale.token_budget
         return [(Run(choice.condition, seed, budget, choice=choice.name if choice.overrides else ""), Run(choice.baseline, seed, budget))
-                for choice in tried for seed in (self.seeds if self.seeds_given else self.scale.family_seeds)]
+                for choice in tried for seed in (self.seeds if self.seeds_given else self.scale.side_seeds)]
 
     def runs_of(
         self,
@@ -137,13 +137,13 @@ class Batch:
             return list(dict.fromkeys(run for pair in self.choice_runs() for run in pair))
         if "runs" not in given:
             return []
-        shown, budget, few_seeds = self.conditions_of(name), self.scale.token_budget, self.seeds if self.seeds_given else self.scale.family_seeds
-        few = given.get("few_seeds", ())  # conditions
-        found = self.runs([c for c in shown if c not in few], seeds, [budget]) + self.runs([c for c in shown if c in few], few_seeds, [budget])[1:]
-        if "token_budget" not in given: found += self.runs(shown, few_seeds, {*self.scale.budgets} - {budget})[1:]
+        shown, budget, side_seeds = self.conditions_of(name), self.scale.token_budget, self.seeds if self.seeds_given else self.scale.side_seeds
+        side = given.get("side_conditions", ())
+        found = self.runs([c for c in shown if c not in side], seeds, [budget]) + self.runs([c for c in shown if c in side], side_seeds, [budget])[1:]
+        if "token_budget" not in given: found += self.runs(shown, side_seeds, {*self.scale.budgets} - {budget})[1:]
         if "teachers" in given:
             others = [of for of, path in self.teachers.items() if of and path not in self.untrained]
-            found += [run for of in others for run in self.runs(shown, few_seeds, [budget], of)]
+            found += [run for of in others for run in self.runs(shown, side_seeds, [budget], of)]
         return found
 
     def ordered(self) -> list[Run]:

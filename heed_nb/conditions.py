@@ -288,7 +288,7 @@ class Scale:
     conditions: tuple = ("C0", "C1", "C2", "C3", "C4")  # of Tables 1 and 6; a notebook of nbs/paper that shows others names them
     seeds: tuple = (0,)
     more_seeds: dict = field(default_factory=dict)  # condition -> seeds that it has beside `seeds`
-    family_seeds: tuple = (0,)              # of the curve at other budgets, Table 6's other teachers, what notebooks of nbs/paper name few_seeds, and the open points
+    side_seeds: tuple = (0,)              # of the curve at other budgets, Table 6's other teachers, what notebooks of nbs/paper name side_conditions, and the open points
     budgets: tuple = ()                     # token budgets of the curve; empty: no curve
     init: str = "paper"                     # start of the mixers' new parameters
     open_points: tuple = ()                 # which choices of heed_nb/paper/open_points.csv are tried, e.g. "init=mamba"
@@ -403,7 +403,7 @@ def load_scale(
         if key not in values:
             raise ValueError(f"{where} lacks {key!r}")
     for key, default in (("teacher", ""), ("token_budget", 1), ("conditions", ()), ("seeds", ()), ("budgets", ()),
-                         ("family_seeds", ()), ("more_seeds", {}), ("open_points", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {})):
+                         ("side_seeds", ()), ("more_seeds", {}), ("open_points", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {})):
         if key in values:
             values[key] = checked(values[key], default, key)
     for section, allowed in SECTION_KEYS.items():
@@ -412,7 +412,7 @@ def load_scale(
         value = values.get("evaluate", {}).get(key, 1)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"evaluate.{key} is {value!r}; it takes a whole number above 0")
-    for key in ("seeds", "family_seeds", "budgets"):
+    for key in ("seeds", "side_seeds", "budgets"):
         for value in values.get(key, ()):
             checked(value, 1, key)
     for condition, seeds in values.get("more_seeds", {}).items():

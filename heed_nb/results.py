@@ -7,14 +7,15 @@ __all__ = ['PAPER', 'AVERAGES', 'ROWS', 'TITLES', 'LADDER', 'VARIANTS', 'ABLATIO
            'PAPER_TEACHERS', 'COLOURS', 'MARKS', 'PAPER_WORDS', 'MEASURED', 'VERDICTS', 'RULES', 'PUBLISHED',
            'write_file', 'code_version', 'provenance', 'write_run', 'read_run', 'run_name', 'parse_run_name',
            'read_runs', 'paper_table', 'scores', 'at_budget', 'means', 'contrast', 'verdict', 'sentence', 'score_table',
-           'markdown_table', 'score_markdown', 'contrast_markdown', 'findings', 'missing_runs', 'footnote',
-           'teacher_table', 'teacher_markdown', 'teacher_findings', 'read_answers', 'pair_answers', 'joint_failures',
-           'budget_contrasts', 'budget_sentence', 'png', 'budget_figure', 'ladder_figure', 'run_note', 'paper_checks',
-           'paper_value', 'paper_claims', 'student_t', 'Measured', 'Evidence', 'claim_verdict', 'claims',
-           'claim_counts', 'claims_markdown', 'root', 'save_table', 'publish']
+           'markdown_table', 'score_markdown', 'contrast_markdown', 'findings', 'missing_runs', 'asked_runs',
+           'footnote', 'teacher_table', 'teacher_markdown', 'teacher_findings', 'read_answers', 'pair_answers',
+           'joint_failures', 'budget_contrasts', 'budget_sentence', 'png', 'budget_figure', 'ladder_figure', 'run_note',
+           'paper_checks', 'paper_value', 'paper_claims', 'student_t', 'Measured', 'Evidence', 'claim_verdict',
+           'claims', 'claim_counts', 'claims_markdown', 'root', 'save_table', 'publish']
 
 # %% ../nbs/60_results.ipynb #c003
 import json, os, platform, re, shutil, subprocess, sys, time
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -149,7 +150,7 @@ def read_runs(
 # %% ../nbs/60_results.ipynb #c023
 import pandas as pd
 
-from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING, TASKS, Scale, scales_folder
+from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING, TASKS, Scale, get_condition, scales_folder
 
 # %% ../nbs/60_results.ipynb #c024
 PAPER = Path(heed_nb.__file__).parent/'paper'
@@ -376,6 +377,23 @@ def missing_runs(
     "The runs a table asks for and does not find."
     wanted = [run_name(c, s, token_budget, teacher) for c in conditions for s in ([None] if c == 'C0' else seeds) if c == 'C0' or scale is None or scale.takes(c, s)]
     return [name for name in wanted if name not in set(scores.run)]
+
+def asked_runs(
+    runs: Path,                          # folder of the runs
+    plan: Scale,
+    conditions: Iterable[str],
+    token_budget: int,
+    seeds: Iterable[int] | None = None,  # of every condition; None: the scale's
+    side_conditions: Iterable[str] = (), # where `seeds` is None, those with the scale's `side_seeds` alone
+) -> tuple[dict[str, Iterable[int]], list[dict], list[str]]:  # the conditions with their seeds; of `read_runs`; the names that are missing
+    "What a table shows. Raises ValueError on an unknown condition, and if no run is there."
+    wanted = {get_condition(c).name: plan.seeds if seeds is None else seeds for c in conditions}
+    if seeds is None: wanted |= {c: plan.side_seeds for c in side_conditions if c in wanted}
+    found = [r for r in read_runs(runs) if r['condition'] in wanted and r['token_budget'] in (None, token_budget) and r['seed'] in (None, *wanted[r['condition']])]
+    if not found:
+        raise ValueError(f'no run of {", ".join(wanted)} at {token_budget} tokens in {runs}; run `make all SCALE={plan.name}` first')
+    measured = scores(found)
+    return wanted, found, [name for c, of in wanted.items() for name in missing_runs(measured, token_budget, (c,), of, scale=plan)]
 
 def _names(runs):
     groups = {}

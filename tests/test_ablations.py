@@ -146,9 +146,9 @@ def test_without_runs_it_says_so_in_one_line(name, root, tmp_path, monkeypatch):
 
 # What the batch runs for them
 
-def test_ablations_and_density_masks_have_few_seeds(root, monkeypatch):
+def test_ablations_and_density_masks_have_side_seeds(root, monkeypatch):
     monkeypatch.chdir(root)
-    scale = replace(load_scale("toy"), seeds=(0, 1, 2), family_seeds=(0,))
+    scale = replace(load_scale("toy"), seeds=(0, 1, 2), side_seeds=(0,))
     seeds = lambda name, batch: {c: sorted(run.seed for run in batch.runs_of(name) if run.condition == c) for c in batch.conditions_of(name) if c != "C0"}
     batch = Batch(scale)
     assert seeds("table_08", batch) == dict.fromkeys(("C4", *ABLATIONS, *SWEEP), [0]) and seeds("table_09", batch) == {"C3": [0, 1, 2], "C4": [0, 1, 2]}

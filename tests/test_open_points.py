@@ -79,7 +79,7 @@ def test_what_a_choice_changes_is_what_its_name_says():
 
 
 def test_the_batch_runs_what_a_scale_tries_beside_the_default():
-    scale = load_scale("smoke", {"open_points": ["temper=0.5", "condition=MaTVLM"], "family_seeds": [0, 4]})
+    scale = load_scale("smoke", {"open_points": ["temper=0.5", "condition=MaTVLM"], "side_seeds": [0, 4]})
     batch = Batch(scale)
     names = [run.name.removesuffix("-budget3000") for run in batch.runs_of("open_points")]
     assert names == ["C5-temper=0.5-seed0", "C5-seed0", "C5-temper=0.5-seed4", "C5-seed4", "MaTVLM-seed0", "C3-seed0", "MaTVLM-seed4", "C3-seed4"]
