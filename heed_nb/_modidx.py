@@ -409,6 +409,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'heed_nb.results.at_budget': ('results.html#at_budget', 'heed_nb/results.py'),
                                  'heed_nb.results.budget_contrasts': ('results.html#budget_contrasts', 'heed_nb/results.py'),
                                  'heed_nb.results.budget_figure': ('results.html#budget_figure', 'heed_nb/results.py'),
+                                 'heed_nb.results.budget_markdown': ('results.html#budget_markdown', 'heed_nb/results.py'),
                                  'heed_nb.results.budget_sentence': ('results.html#budget_sentence', 'heed_nb/results.py'),
                                  'heed_nb.results.claim_counts': ('results.html#claim_counts', 'heed_nb/results.py'),
                                  'heed_nb.results.claim_verdict': ('results.html#claim_verdict', 'heed_nb/results.py'),

@@ -140,10 +140,11 @@ class Batch:
         shown, budget, side_seeds = self.conditions_of(name), self.scale.token_budget, self.seeds if self.seeds_given else self.scale.side_seeds
         side = given.get("side_conditions", ())
         found = self.runs([c for c in shown if c not in side], seeds, [budget]) + self.runs([c for c in shown if c in side], side_seeds, [budget])[1:]
-        if "token_budget" not in given: found += self.runs(shown, side_seeds, {*self.scale.budgets} - {budget})[1:]
+        curve = self.scale.budgets if "token_budget" not in given else self.scale.side_budgets if "side_budgets" in given else ()
+        found += self.runs(shown, side_seeds, {*curve} - {budget})[1:]
         if "teachers" in given:
             others = [of for of, path in self.teachers.items() if of and path not in self.untrained]
-            found += [run for of in others for run in self.runs(shown, side_seeds, [budget], of)]
+            found += [run for of in others for run in self.runs(shown, side_seeds, {budget, *curve}, of)]
         return found
 
     def ordered(self) -> list[Run]:

@@ -289,7 +289,8 @@ class Scale:
     seeds: tuple = (0,)
     more_seeds: dict = field(default_factory=dict)  # condition -> seeds that it has beside `seeds`
     side_seeds: tuple = (0,)              # of the curve at other budgets, Table 6's other teachers, what notebooks of nbs/paper name side_conditions, and the open points
-    budgets: tuple = ()                     # token budgets of the curve; empty: no curve
+    budgets: tuple = ()                     # token budgets of Table 1's curve; empty: no curve
+    side_budgets: tuple = ()                # the same of Tables 5 and 6
     init: str = "paper"                     # start of the mixers' new parameters
     open_points: tuple = ()                 # which choices of heed_nb/paper/open_points.csv are tried, e.g. "init=mamba"
     data: str = "toyworld"                  # which documents train and which ten tasks evaluate
@@ -402,7 +403,7 @@ def load_scale(
     for key in ("teacher", "token_budget"):
         if key not in values:
             raise ValueError(f"{where} lacks {key!r}")
-    for key, default in (("teacher", ""), ("token_budget", 1), ("conditions", ()), ("seeds", ()), ("budgets", ()),
+    for key, default in (("teacher", ""), ("token_budget", 1), ("conditions", ()), ("seeds", ()), ("budgets", ()), ("side_budgets", ()),
                          ("side_seeds", ()), ("more_seeds", {}), ("open_points", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {})):
         if key in values:
             values[key] = checked(values[key], default, key)
@@ -412,7 +413,7 @@ def load_scale(
         value = values.get("evaluate", {}).get(key, 1)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"evaluate.{key} is {value!r}; it takes a whole number above 0")
-    for key in ("seeds", "side_seeds", "budgets"):
+    for key in ("seeds", "side_seeds", "budgets", "side_budgets"):
         for value in values.get(key, ()):
             checked(value, 1, key)
     for condition, seeds in values.get("more_seeds", {}).items():
@@ -425,7 +426,7 @@ def load_scale(
     scale = Scale(name=name, **values | {"teachers": all_teachers(values["teacher"], values.get("teachers", {}))})
     for condition in scale.conditions:
         get_condition(condition)
-    for budget in (scale.token_budget, *scale.budgets):
+    for budget in (scale.token_budget, *scale.budgets, *scale.side_budgets):
         scale.settings(token_budget=budget)
     return scale
 

@@ -9,9 +9,9 @@ __all__ = ['PAPER', 'AVERAGES', 'ROWS', 'TITLES', 'LADDER', 'VARIANTS', 'ABLATIO
            'read_runs', 'paper_table', 'scores', 'at_budget', 'means', 'contrast', 'verdict', 'sentence', 'score_table',
            'markdown_table', 'score_markdown', 'contrast_markdown', 'findings', 'missing_runs', 'asked_runs',
            'footnote', 'teacher_table', 'teacher_markdown', 'teacher_findings', 'read_answers', 'pair_answers',
-           'joint_failures', 'budget_contrasts', 'budget_sentence', 'png', 'budget_figure', 'ladder_figure', 'run_note',
-           'paper_checks', 'paper_value', 'paper_claims', 'student_t', 'Measured', 'Evidence', 'claim_verdict',
-           'claims', 'claim_counts', 'claims_markdown', 'root', 'save_table', 'publish']
+           'joint_failures', 'budget_contrasts', 'budget_sentence', 'png', 'budget_markdown', 'budget_figure',
+           'ladder_figure', 'run_note', 'paper_checks', 'paper_value', 'paper_claims', 'student_t', 'Measured',
+           'Evidence', 'claim_verdict', 'claims', 'claim_counts', 'claims_markdown', 'root', 'save_table', 'publish']
 
 # %% ../nbs/60_results.ipynb #c003
 import json, os, platform, re, shutil, subprocess, sys, time
@@ -385,15 +385,18 @@ def asked_runs(
     token_budget: int,
     seeds: Iterable[int] | None = None,  # of every condition; None: the scale's
     side_conditions: Iterable[str] = (), # where `seeds` is None, those with the scale's `side_seeds` alone
+    side_budgets: Iterable[int] = (),    # more token budgets; where `seeds` is None, with the scale's `side_seeds`
 ) -> tuple[dict[str, Iterable[int]], list[dict], list[str]]:  # the conditions with their seeds; of `read_runs`; the names that are missing
     "What a table shows. Raises ValueError on an unknown condition, and if no run is there."
     wanted = {get_condition(c).name: plan.seeds if seeds is None else seeds for c in conditions}
     if seeds is None: wanted |= {c: plan.side_seeds for c in side_conditions if c in wanted}
-    found = [r for r in read_runs(runs) if r['condition'] in wanted and r['token_budget'] in (None, token_budget) and r['seed'] in (None, *wanted[r['condition']])]
+    by_budget = {b: dict.fromkeys(wanted, plan.side_seeds if seeds is None else seeds) for b in side_budgets} | {token_budget: wanted}
+    found = [r for r in read_runs(runs) if r['condition'] in wanted and (r['seed'] is None or r['seed'] in by_budget.get(r['token_budget'], {}).get(r['condition'], ()))]
     if not found:
         raise ValueError(f'no run of {", ".join(wanted)} at {token_budget} tokens in {runs}; run `make all SCALE={plan.name}` first')
     measured = scores(found)
-    return wanted, found, [name for c, of in wanted.items() for name in missing_runs(measured, token_budget, (c,), of, scale=plan)]
+    missing = (name for b, of in by_budget.items() for c, given in of.items() for name in missing_runs(measured, b, (c,), given, scale=plan))
+    return wanted, found, list(dict.fromkeys(missing))
 
 def _names(runs):
     groups = {}
@@ -517,10 +520,11 @@ def budget_contrasts(
     scores: pd.DataFrame,  # of `scores`
     a: str = 'C4',
     b: str = 'C3',
+    rows: Iterable[str] = AVERAGES,
 ) -> pd.DataFrame:         # token_budget, a, b, row, mean, se, n, ahead, noise, verdict
-    "a - b at each token budget, on the fine-grained, the reasoning and the 10-benchmark average."
+    "a - b at each token budget."
     lines = [dict(token_budget=int(budget), **c, verdict=verdict(c)) for budget in sorted(scores.token_budget.dropna().unique())
-             for c in (contrast(at_budget(scores, budget), a, b, row) for row in AVERAGES)]
+             for c in (contrast(at_budget(scores, budget), a, b, row) for row in rows)]
     return pd.DataFrame(lines, columns=['token_budget', 'a', 'b', 'row', 'mean', 'se', 'n', 'ahead', 'noise', 'verdict']).round(4)
 
 def budget_sentence(
@@ -547,8 +551,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 # %% ../nbs/60_results.ipynb #c073
-COLOURS = {'C0': '#4d4d4d', 'C1': '#e69f00', 'C2': '#56b4e9', 'C3': '#0072b2', 'C4': '#d55e00', 'C4-shuffled': '#cc79a7'}
-MARKS = {'C0': '', 'C1': 'o', 'C2': 's', 'C3': '^', 'C4': 'D', 'C4-shuffled': 'v'}
+COLOURS = {'C0': '#4d4d4d', 'C1': '#e69f00', 'C2': '#56b4e9', 'C3': '#0072b2', 'C4': '#d55e00', 'C4-shuffled': '#cc79a7', 'C5': '#009e73', 'C6': '#882255'}
+MARKS = {'C0': '', 'C1': 'o', 'C2': 's', 'C3': '^', 'C4': 'D', 'C4-shuffled': 'v', 'C5': 'P', 'C6': 'X'}
 
 def png(
     figure: Figure,
@@ -563,16 +567,28 @@ def _plain_axes(axes):
     axes.grid(axis='y', color='#e6e6e6', linewidth=0.8)
     axes.set_axisbelow(True)
 
+def budget_markdown(
+    scores: pd.DataFrame,  # of `scores`
+    row: str,              # a benchmark's key or an average
+) -> str:
+    "Means ± standard deviation over seeds in Markdown, a line a condition, a column a token budget."
+    summary = means(scores[scores.row == row])
+    budgets, at = sorted(summary.token_budget.dropna().unique()), summary.set_index(['condition', 'token_budget'])
+    lines = []
+    for c in [c for c in COLOURS if c != 'C0' and c in set(summary.condition)]:
+        cells = [at.loc[(c, b)] if (c, b) in at.index else None for b in budgets]
+        lines.append([c] + ['' if x is None else _number(x['mean'], x.sd, row) for x in cells])
+    return markdown_table([TITLES[row]] + [f'{b:,}' for b in budgets], lines)
+
 def budget_figure(
-    scores: pd.DataFrame,   # of `scores`
-    note: str = '',         # one line at the foot: the runs it came from
+    panels: dict[str, pd.DataFrame],  # a title -> lines of `scores`, of one row
+    note: str = '',                   # one line at the foot: the runs it came from
 ) -> Figure:
-    "Fine-grained and reasoning average over token budgets, a line a condition, the band one standard deviation over seeds; the teacher dashed."
-    summary = means(scores)
-    figure = Figure(figsize=(9, 4.2), layout='constrained')
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, row in zip(panels, ('fine_grained', 'reasoning')):
-        lines = summary[summary.row == row]
+    "Scores over token budgets, a line a condition, the band one standard deviation over seeds; the teacher dashed."
+    figure = Figure(figsize=(4.5*len(panels), 4.2), layout='constrained')
+    row, labelled = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], {}
+    for axes, (title, of_panel) in zip(row, panels.items()):
+        lines = means(of_panel)
         for condition in [c for c in COLOURS if c in set(lines.condition)]:
             line = lines[lines.condition == condition].sort_values('token_budget')
             if condition == 'C0':
@@ -581,7 +597,7 @@ def budget_figure(
             x, y, sd = line.token_budget.astype(float), line['mean'], line.sd.fillna(0)
             axes.plot(x, y, color=COLOURS[condition], marker=MARKS[condition], markersize=5, linewidth=1.6, label=_label(condition))
             axes.fill_between(x, y - sd, y + sd, color=COLOURS[condition], alpha=0.18, linewidth=0)
-        axes.set_title(TITLES[row], fontsize=11, loc='left')
+        axes.set_title(title, fontsize=11, loc='left')
         axes.set_xlabel('training tokens')
         budgets = sorted(lines.token_budget.dropna().unique())
         if budgets[0] > 0 and budgets[-1] > 3*budgets[0]: axes.set_xscale('log')
@@ -589,9 +605,10 @@ def budget_figure(
         axes.set_xticks([], minor=True)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x/1e6:g}M' if x >= 1e6 else f'{x/1e3:g}k'))
         _plain_axes(axes)
-    panels[0].set_ylabel('score')
-    panels[0].set_ylim(0, 100)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False, fontsize=9)
+        labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
+    row[0].set_ylabel('score')
+    row[0].set_ylim(0, 100)
+    figure.legend(labelled.values(), labelled.keys(), loc='outside upper center', ncols=6, frameon=False, fontsize=9)
     figure.supxlabel(note, fontsize=7, color='#666666')
     return figure
 

@@ -157,6 +157,11 @@ def test_ablations_and_density_masks_have_side_seeds(root, monkeypatch):
     assert seeds("table_03_runs", batch) == {c: [0, 1, 2] if c in ("C1", "C2", "C3", "C4") else [0] for c in RECIPES if c != "Mamba-in-Llama"}
     assert {run.token_budget for name in ("table_03_runs", "table_08", "table_09", "figure_a8") for run in batch.runs_of(name)} == {None, scale.token_budget}
     assert batch.runs_of("figure_04") == []
+    curves = Batch(replace(scale, side_budgets=(1000, 3000)))
+    more = {name: {run for run in curves.runs_of(name)} - set(batch.runs_of(name)) for name in batch.notebooks if name != "claims"}
+    assert {name for name in more if more[name]} == {"table_05", "table_06"}
+    assert {(run.condition, run.seed, run.token_budget) for run in more["table_05"]} == {(c, 0, b) for c in ("C4", "C5", "C6") for b in (1000, 3000)}
+    assert {run.of for run in more["table_06"]} == set(curves.teachers) and {run.seed for run in more["table_06"]} == {0}
     assert [c for c in Batch(load_scale("smoke")).conditions_of("figure_a8")] == ["C0", "C1", "C4", "mask-25", "random-25"]
 
 

@@ -78,7 +78,7 @@ def test_a_scale_is_read_from_below_the_repository(scale_file):
     ({"conditions": "C1"}, "conditions is 'C1'"),
     ({"seeds": ["zero"]}, "seeds is 'zero'"),
     ({"token_budget": 0}, "token_budget is 0; it must be above 0"),
-    ({"budgets": [-5]}, "token_budget is -5"),
+    ({"budgets": [-5]}, "token_budget is -5"), ({"side_budgets": [0.5]}, "side_budgets is 0.5"),
     ({"train.lr": "fast"}, "lr is 'fast'"),
     ({"train.lr": float("nan")}, "lr is nan; it must be above 0"),
     ({"train.batch_size": 2.5}, "batch_size is 2.5"),
@@ -125,7 +125,7 @@ def test_small_has_the_seeds_and_budgets_of_the_contrast(root, monkeypatch):
     small = load_scale("small")
     seeds = {c: [s for s in (*small.seeds, *small.more_seeds.get(c, ())) if small.takes(c, s)] for c in small.conditions}
     assert {"C1", "C2", "C3", "C4", "C4-shuffled"} <= seeds.keys() and all(len(set(s)) >= (5 if c in ("C3", "C4") else 3) for c, s in seeds.items())
-    assert len(set(small.budgets)) >= 4 and small.token_budget in small.budgets
+    assert len(set(small.budgets)) >= 4 and small.token_budget in small.budgets and len({small.token_budget, *small.side_budgets}) >= 4
 
 
 def test_an_unknown_scale_and_an_unknown_condition_name_what_there_is(scale_file, tmp_path, monkeypatch):

@@ -272,10 +272,10 @@ def test_table_1_refuses(paper, tmp_path, parameters, message):
     assert not (tmp_path / "tables").exists()
 
 
-def runs_with(folder, ocr, teacher=None, family="qwen3_vl"):
-    "Runs of one teacher at 2000 tokens: OCRBench v2 by condition and seed, 50 on everything else."
+def runs_with(folder, ocr, teacher=None, family="qwen3_vl", budget=2000):
+    "Runs of one teacher: OCRBench v2 by condition and seed, 50 on everything else."
     for (condition, seed), score in ocr.items():
-        write_run(folder / run_name(condition, seed, seed if seed is None else 2000, teacher) / "evaluate.json", "evaluate", {"model_type": family},
+        write_run(folder / run_name(condition, seed, seed if seed is None else budget, teacher) / "evaluate.json", "evaluate", {"model_type": family},
                   {"scores": dict.fromkeys(BENCHMARKS, 50) | {"ocrbench_v2": score}, "n": dict.fromkeys(BENCHMARKS, 100)})
 
 
@@ -289,6 +289,26 @@ def test_table_5_by_hand(paper, tmp_path):
     assert "Missing" not in text and "C3" not in text
     paper("table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, seeds=[0, 2], conditions=["C0", "C6"])
     assert "**Missing**: C6-seed2-budget2000." in (tmp_path / "tables" / "table_05.md").read_text()
+
+
+def test_the_curves_of_tables_5_and_6(paper, tmp_path):
+    "C6 against C4 over two budgets; C4 against C3 on the teacher that has students."
+    runs = tmp_path / "runs"
+    for budget, gain in ((1000, 0), (2000, 10)):
+        runs_with(runs, {("C0", None): 90, **{(c, s): 40 + gain * (c == "C6") + s * s for c in ("C4", "C6") for s in (0, 1)}}, budget=budget)
+    runs_with(runs, {("C0", None): 80, ("C3", 0): 30, ("C4", 0): 45}, "toy-glm4v", "glm4v", budget=1000)
+    paper("table_05", runs=runs, out=tmp_path, token_budget=2000, side_budgets=[1000], seeds=[0, 1], conditions=["C0", "C4", "C6"])
+    text = (tmp_path / "tables" / "table_05.md").read_text()
+    table, curve = text.split("## Over token budgets")
+    assert cell(table, "OCRBench v2", "C6 HEED-GDN") == "50.5 ± 0.7" and "Missing" not in text
+    assert cell(curve, "C6", "1,000") == "40.5 ± 0.7" and cell(curve, "C6", "2,000") == "50.5 ± 0.7" and cell(curve, "C4", "2,000") == "40.5 ± 0.7"
+    assert "C6 against C4: On OCRBench v2, C6 beats C4 at 2,000; no clear difference at 1,000 tokens." in text
+    paper("table_06", runs=runs, out=tmp_path, token_budget=2000, side_budgets=[1000], seeds=[0], conditions=["C0", "C3", "C4"])
+    text = (tmp_path / "tables" / "table_06.md").read_text()
+    assert "toy-glm4v: Only one token budget was run. On OCRBench v2, C4 is ahead of C3 with one seed at 1,000 tokens." in text
+    assert "toy-glm4v/C3-seed0-budget2000" in text.partition("**Missing**")[2] and "toy-glm4v/C3-seed0-budget1000" not in text.partition("**Missing**")[2]
+    for name in ("table_05", "table_06"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_table_6_by_hand(paper, tmp_path):
