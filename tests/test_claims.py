@@ -59,7 +59,7 @@ def test_every_line_has_a_measure_a_rule_and_an_id_of_its_own():
             assert " ".join(words) in CORRELATIONS
             continue
         for word in words:
-            known = {*CONDITIONS, *BENCHMARKS, *AVERAGES, "internvl", "minicpmv", "glm4v", "drift", "importance", "ratio", "difference", "density", "visual", "depth", "attention"}
+            known = {*CONDITIONS, *BENCHMARKS, *AVERAGES, "internvl", "minicpmv", "glm4v", "drift", "importance", "ablation", "ratio", "difference", "density", "visual", "depth", "attention"}
             assert word in known, (claim.id, word)
 
 
@@ -70,14 +70,14 @@ def test_numbers_said_in_the_text_are_those_of_the_tables():
     frame = paper_claims().set_index("id")
     assert frame.paper[list(said)].to_dict() == pytest.approx(said, abs=1e-6)
     assert frame.paper[["cost_c4_c3", "cost_c5_c4", "ttft_32k"]].to_list() == pytest.approx([165 / 160, 260 / 165, 4.21 / 1.51], abs=1e-5)
-    assert frame.spread.quarter_c4_c3_ocr == "± 0.42 (SE of 3 seeds)" and frame.spread.drift_r2_density == "[0.27, 0.33]"
+    assert frame.spread.quarter_c4_c3_ocr == "± 0.42 (SE of 3 seeds)" and frame.spread.drift_r2_density.startswith("[0.27, 0.33] (95 %")
     assert (frame.paper[frame.rule == "interval above 0"] > 0).all() and (frame.paper[frame.rule == "interval below 0"] < 0).all()
 
 
 def test_every_rule_holds_on_the_papers_own_value():
     for claim in paper_claims().itertuples():
         own = Measured(claim.paper, claim.paper, claim.paper, "")
-        if not claim.rule.startswith("never: ") and claim.id != "ld_c4_ocr":
+        if not claim.rule.startswith("never: "):
             assert claim_verdict(claim.rule, own, claim.paper) == (REPRODUCED, ""), claim.id
 
 
@@ -98,7 +98,7 @@ def test_student_t_is_scipys():
 
 @pytest.mark.parametrize("rule, low, high, verdict", [
     ("interval above 0", 0.1, 2, REPRODUCED), ("interval above 0", -0.1, 2, NOT), ("interval above -2", -1.9, 0, REPRODUCED), ("interval below 0", -2, -0.1, REPRODUCED),
-    ("interval below 0", -2, 0.1, NOT), ("interval not above 0", -1, 3, REPRODUCED), ("interval not above 0", 1, 3, NOT),
+    ("interval below 0", -2, 0.1, NOT),
     ("interval within 10 % of the paper", 0.91, 1.09, REPRODUCED), ("interval within 10 % of the paper", 0.91, 1.11, NOT), ("interval within 10 % of the paper", 0.8, 1.09, NOT),
     ("interval within -1 and 1", -0.9, 0.9, REPRODUCED), ("interval within -1 and 1", -0.9, 1.1, NOT), ("interval above 0", None, None, UNTESTED)])
 def test_interval_rules(rule, low, high, verdict):
@@ -180,7 +180,7 @@ def test_other_teachers_and_a_quarter_of_the_budget(tmp_path):
     assert at.runs.glm4v_c4_c3 == "other/C4-seed{0,1}-budget4000/evaluate.json other/C3-seed{0,1}-budget4000/evaluate.json"
     assert at.verdict.quarter_c4_c3_ocr == REPRODUCED and "budget1000" in at.runs.quarter_c4_c3_ocr
     assert at.value.quarter_spread_c3 == pytest.approx(np.std([50, 52], ddof=1)) and at.verdict.quarter_spread_c3 == NOT
-    assert judged(tmp_path, Scale("made", teacher="t", token_budget=4000)).why.quarter_c4_c3_ocr == "the scale has no budget near a quarter of Table 1's"
+    assert judged(tmp_path, Scale("made", teacher="t", token_budget=2500, budgets=(1000,))).why.quarter_c4_c3_ocr == "the scale has no budget near a quarter of Table 1's"
 
 
 def test_training_costs(tmp_path):
@@ -202,6 +202,7 @@ def test_a_diagnosis(tmp_path):
     assert at.verdict[["drift_ratio", "drift_direction", "drift_r2", "drift_r2_density", "density_largest", "density_lead", "importance_direction"]].to_list() == [REPRODUCED] * 7
     assert list(at.loc["drift_direction", ["value", "low", "high", "n", "runs"]]) == [3.4, 3.2, 3.7, "100 images, 1 seed", "C1-seed0-budget4000/diagnose.json"]
     assert at.why.importance_ratio.startswith("no ratio") and at.verdict.importance_ratio == UNTESTED
+    assert list(at.loc["ablation_ratio", ["verdict", "why"]]) == [UNTESTED, "the diagnosis has no such curve"]
     fisher = ["fisher_density", "fisher_density_direction", "fisher_density_top", "fisher_density_top_rise", "fisher_layers"]
     assert at.loc[fisher, "verdict"].to_list() == [REPRODUCED, REPRODUCED, NOT, NOT, REPRODUCED]
     assert list(at.loc["fisher_density", ["value", "low", "high"]]) == [0.6, 0.58, 0.62]
