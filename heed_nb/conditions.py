@@ -14,9 +14,10 @@ import yaml
 
 # %% auto #0
 __all__ = ['ALIGNMENTS', 'WEIGHTS', 'EQ_3', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED',
-           'REASONING', 'REGIMES', 'TASKS', 'PRECISIONS', 'INITS', 'DATA', 'SCALE_KEYS', 'SECTION_KEYS', 'Condition',
-           'get_condition', 'differing', 'recipe_table', 'alignment_table', 'Benchmark', 'checked', 'TrainSettings',
-           'Scale', 'scales_folder', 'merged', 'all_teachers', 'check_keys', 'load_scale', 'check_parameters']
+           'REASONING', 'REGIMES', 'TASKS', 'PRECISIONS', 'SPEED_ONLY', 'INITS', 'DATA', 'DTYPES', 'SCALE_KEYS',
+           'SECTION_KEYS', 'Condition', 'get_condition', 'differing', 'recipe_table', 'alignment_table', 'Benchmark',
+           'checked', 'TrainSettings', 'Scale', 'scales_folder', 'merged', 'all_teachers', 'check_keys', 'load_scale',
+           'check_parameters']
 
 # %% ../nbs/00_conditions.ipynb #c005
 ALIGNMENTS = (None, "head_output", "attention_output", "residual")
@@ -217,6 +218,9 @@ def checked(
     return value
 
 
+SPEED_ONLY = ("workers", "checkpoint_every")  # fields of TrainSettings that change no number
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     "What `heed_nb.trainer.distill` can be told. Raises ValueError on a value out of range."
@@ -295,7 +299,8 @@ class Scale:
     open_points: tuple = ()                 # which choices of heed_nb/paper/open_points.csv are tried, e.g. "init=mamba"
     data: str = "toyworld"                  # which documents train and which ten tasks evaluate
     train: dict = field(default_factory=dict)     # fields of TrainSettings
-    evaluate: dict = field(default_factory=dict)  # questions (a benchmark), batch_size
+    evaluate: dict = field(default_factory=dict)  # questions (a benchmark), batch_size, dtype
+    diagnose: dict = field(default_factory=dict)  # images, one_by_one_images, dtype
 
     def settings(
         self,
@@ -328,10 +333,12 @@ class Scale:
 
 INITS = ("paper", "mamba", "identity")
 DATA = ("toyworld", "paper")
+DTYPES = ("float32", "bfloat16", "float16")
 SCALE_KEYS = tuple(f.name for f in fields(Scale) if f.name != "name")
 SECTION_KEYS = {
     "train": tuple(f.name for f in fields(TrainSettings) if f.name not in ("token_budget", "seed")),
-    "evaluate": ("questions", "batch_size"),
+    "evaluate": ("questions", "batch_size", "dtype"),
+    "diagnose": ("images", "one_by_one_images", "dtype"),
 }
 
 
@@ -404,15 +411,18 @@ def load_scale(
         if key not in values:
             raise ValueError(f"{where} lacks {key!r}")
     for key, default in (("teacher", ""), ("token_budget", 1), ("conditions", ()), ("seeds", ()), ("budgets", ()), ("side_budgets", ()),
-                         ("side_seeds", ()), ("more_seeds", {}), ("open_points", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {})):
+                         ("side_seeds", ()), ("more_seeds", {}), ("open_points", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {}), ("diagnose", {})):
         if key in values:
             values[key] = checked(values[key], default, key)
     for section, allowed in SECTION_KEYS.items():
         check_keys(values.get(section, {}), allowed, f"{section} of {where}")
-    for key in ("questions", "batch_size"):
-        value = values.get("evaluate", {}).get(key, 1)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"evaluate.{key} is {value!r}; it takes a whole number above 0")
+    for section, key, least in (("evaluate", "questions", 1), ("evaluate", "batch_size", 1), ("diagnose", "images", 1), ("diagnose", "one_by_one_images", 0)):
+        value = values.get(section, {}).get(key, least)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{section}.{key} is {value!r}; it takes a whole number above {least - 1}")
+    for section in ("evaluate", "diagnose"):
+        if (dtype := values.get(section, {}).get("dtype", DTYPES[0])) not in DTYPES:
+            raise ValueError(f"unknown {section}.dtype {dtype!r}; one of {', '.join(DTYPES)}")
     for key in ("seeds", "side_seeds", "budgets", "side_budgets"):
         for value in values.get(key, ()):
             checked(value, 1, key)

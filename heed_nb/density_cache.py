@@ -92,6 +92,12 @@ class _Record(NamedTuple):
 class _Broken(ValueError):
     "A record that is 'cut' by the file's end or 'damaged'."
 
+def _record_after(file, offset, end):
+    "Whether a record begins after `offset`: a length has changed then, as nothing follows a record that was cut."
+    found = file.find(RECORD_MAGIC, offset + 64, end)
+    while found != -1 and found % 64 != 4: found = file.find(RECORD_MAGIC, found + 1, end)
+    return found != -1
+
 def _read_record(
     file: mmap.mmap,
     offset: int,      # of the record
@@ -105,7 +111,7 @@ def _read_record(
     start = key_start + key_bytes
     stop = start + (tokens + 1) // 2
     record_end = stop + (offset - stop) % 64
-    if record_end > end: raise _Broken("cut")
+    if record_end > end: raise _Broken("damaged" if _record_after(file, offset, end) else "cut")
     if zlib.crc32(file[offset + 4 : record_end]) != crc: raise _Broken("damaged")
     return _Record(file[key_start:start].decode(), tokens, low, high, file[start:stop], record_end)
 

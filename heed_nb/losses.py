@@ -125,7 +125,7 @@ def kd_terms(
         kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         return kl.masked_fill(~follows, 0).sum(), ce
 
-    kl = ce = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+    kl = ce = student[:0].sum(dtype=torch.promote_types(student.dtype, torch.float32))  # 0 that still has a gradient
     for chunk in torch.arange(len(where), device=where.device).split(chunk_size):
         parts = student[chunk], None if teacher is None else teacher[chunk], targets[chunk], follows[chunk]
         if len(where) > chunk_size:

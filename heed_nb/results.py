@@ -890,9 +890,9 @@ def _on_family(evidence, family, a, b, row):
         if teacher and _family(evidence.runs('evaluate', teacher)) == family: return _contrast(evidence, a, b, row, teacher=teacher)
     return Measured(why=f'no evaluate.json with a teacher of the family {family}')
 
-def _quarter(evidence):  # the scale's budget nearest to a quarter of Table 1's, within a factor of two
+def _quarter(evidence):  # the scale's budget nearest to a quarter of Table 1's, within a factor of 1.5
     quarter = evidence.scale.token_budget/4
-    near = [b for b in evidence.scale.budgets if quarter/2 <= b <= 2*quarter]
+    near = [b for b in evidence.scale.budgets if quarter/1.5 <= b <= 1.5*quarter]
     return min(near, key=lambda b: abs(math.log(b/quarter)), default=None)
 
 def _at_quarter(measure):
@@ -925,7 +925,8 @@ def _over_images(evidence, find):
     low, high = ([f[end] for f in found] if found[0][end] is not None else None for end in ('low', 'high'))
     return Measured(fmean(f['value'] for f in found), low and min(low), high and max(high), n, files)
 
-def _decile(evidence, curve, kind): return _over_images(evidence, lambda numbers: numbers['deciles'][curve][kind])
+def _decile(evidence, curve, kind):
+    return _over_images(evidence, lambda numbers: numbers['deciles'].get(curve, {kind: dict(value=None, why='the diagnosis has no such curve')})[kind])
 
 def _unique(numbers): return {name: fitted['semi_partial'] for name, fitted in numbers['regressions']['drift']['predictors'].items()}
 
@@ -962,7 +963,6 @@ _X = r'(-?[\d.]+)'
 RULES: dict[str, Callable] = {  # what a rule says -> (measured, the paper's, its numbers) -> whether the claim is reproduced
     rf'interval above {_X}': lambda m, paper, x: m.low > x,
     rf'interval below {_X}': lambda m, paper, x: m.high < x,
-    rf'interval not above {_X}': lambda m, paper, x: m.low <= x,
     rf'interval within {_X} and {_X}': lambda m, paper, x, y: x <= m.low and m.high <= y,
     rf'interval within {_X} % of the paper': lambda m, paper, x: (1 - x/100)*paper <= m.low and m.high <= (1 + x/100)*paper,
     rf'value within {_X} % of the paper': lambda m, paper, x: abs(m.value - paper) <= x/100*abs(paper) + 1e-9,
@@ -993,7 +993,7 @@ def claims(
     folder: str | PurePath,   # outputs/SCALE/runs
     scale: Scale,
 ) -> pd.DataFrame:            # the columns of `paper_claims`, value, low, high, n, verdict, why, runs
-    "Each claim of the paper beside what a scale's run files say: evaluate.json, distill.json and diagnose.json, and nothing else."
+    "Each claim of the paper beside what a scale's run files say: evaluate.json, distill.json, diagnose.json, and answers.jsonl for the failures' kinds."
     evidence, lines = Evidence(folder, scale), []
     for claim in paper_claims().to_dict('records'):
         name, *words = claim['measure'].split()
@@ -1045,13 +1045,13 @@ def save_table(
     return [write_file(tables/f'{name}.csv', frame.to_csv(index=False, lineterminator='\n')), write_file(tables/f'{name}.md', markdown.strip() + '\n')]
 
 # %% ../nbs/60_results.ipynb #c104
-PUBLISHED = ('tables/*.md', 'tables/*.csv', 'figures/*.png', 'claims.md', *(f'runs/**/{kind}.json' for kind in ('distill', 'evaluate', 'diagnose')))
+PUBLISHED = ('tables/*.md', 'tables/*.csv', 'figures/*.png', 'claims.md', *(f'runs/**/{kind}.json' for kind in ('distill', 'evaluate', 'diagnose')), 'runs/C[14]-seed*/answers.jsonl')
 
 def _manifest(folder, scale):
     files = {str(p.relative_to(folder)): dict(sha256=sha256(p.read_bytes()).hexdigest(), bytes=p.stat().st_size) for p in sorted(folder.rglob('*')) if p.is_file()}
     commits = {}
     for name in files:
-        if name.startswith('runs/'):
+        if name.startswith('runs/') and name.endswith('.json'):
             git = read_run(folder/name)['provenance']['git']
             commits.setdefault((git['commit'] or 'unknown') + '+'*bool(git['dirty']), []).append(name)
     warnings = [f'{len(names)} runs are of code with uncommitted changes ({commit})' for commit, names in commits.items() if commit.endswith('+')]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'CONFIGS', 'ImageOnly', 'ImageOnlyQwen3VLProcessor', 'ImageOnlyGlm4vProcessor',
            'ImageOnlyInternVLProcessor', 'LanguageInputs', 'Family', 'image_runs', 'BlockTower', 'Qwen3VL', 'Glm4v',
-           'InternVL', 'MiniCPMV', 'family_of', 'family_class', 'paper_config', 'load_teacher']
+           'InternVL', 'MiniCPMV', 'family_of', 'family_class', 'paper_config', 'load_teacher', 'local_folder']
 
 # %% ../nbs/26_teachers.ipynb #c002
 import json
@@ -383,7 +383,7 @@ def load_teacher(
 
     Raises a one-line ValueError on a missing folder, missing or damaged files, an unsupported model, a config that can't be
     used, a tokenizer that does not fit, missing or surplus tensors."""
-    folder = _local_folder(path)
+    folder = local_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text())
         index = folder / "model.safetensors.index.json"
@@ -410,8 +410,10 @@ def load_teacher(
 
 def _one_line(error): return " ".join(str(error).split())
 
-def _local_folder(path):
-    "The folder itself, or the one of a hub id in the local cache; nothing is downloaded."
+def local_folder(
+    path: str | Path,  # a folder, or a hub id
+) -> Path:
+    "The folder itself, or the one of a hub id in the local cache; nothing is downloaded. Raises ValueError where there is neither."
     folder = Path(path)
     if folder.is_dir(): return folder
     if len(folder.parts) == 2:

@@ -546,7 +546,9 @@ def train_teacher(
     device: str = "cpu",
     config: dict | None = None,    # fields of teacher_config
 ) -> dict:                         # parameters, train_seconds, history: [phase, step, loss, share right]
-    "Trains the toy teacher into `out` (bf16 weights, tokenizer, processor); resumes from its checkpoint."
+    "Trains the toy teacher into `out` (bf16 weights, tokenizer, processor); resumes from its checkpoint. Raises ValueError on one of a teacher with other arguments."
+    given = json.loads(json.dumps(dict(model_type=model_type, start=start, read_steps=read_steps, answer_steps=answer_steps, batch_size=batch_size,
+                                       lr=lr, seed=seed, kinds=list(kinds), config=config), default=str))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -569,6 +571,8 @@ def train_teacher(
         first = 0
         if checkpoint.exists():
             with safe_open(checkpoint, "pt") as f: saved = json.loads(f.metadata()["state"])
+            for name, value in given.items():
+                if saved["given"][name] != value: raise ValueError(f"{checkpoint} is of a teacher with {name} = {saved['given'][name]!r}, this one has {value!r}; remove it")
             if (saved["phase"], phase) == ("answer", "read"): continue
             tensors = load_file(checkpoint, device)
             for name, p in parameters.items(): p.data.copy_(tensors[name])
@@ -595,7 +599,7 @@ def train_teacher(
                 moments = {f"{k}/{n}": v for n, of_n in state.items() for k, v in of_n.items()}
                 temporary = checkpoint.with_suffix(".partial")
                 save_file({**{n: p.data for n, p in parameters.items() if n != "lm_head.weight"}, **moments}, temporary,
-                          {"state": json.dumps(dict(phase=phase, step=step, history=history, seconds=spent + time.perf_counter() - began))})
+                          {"state": json.dumps(dict(given=given, phase=phase, step=step, history=history, seconds=spent + time.perf_counter() - began))})
                 temporary.replace(checkpoint)
     for p in parameters.values(): p.requires_grad_(True)
     model.to(torch.bfloat16).save_pretrained(out)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['check_trainable', 'stage_ends', 'stage_at', 'learning_rate', 'epoch_order', 'batch_indices', 'BatchOrder',
            'random_scores', 'shuffled_weights', 'mask_weights', 'variant_of', 'alignment_weights', 'density_identity',
-           'processor_identity', 'gradient_identity', 'sample_densities', 'build_density_cache', 'teacher_sensitivity',
-           'sample_sensitivities', 'token_keys', 'build_gradient_cache', 'keys_of_collated', 'with_cache_keys',
-           'cached_values', 'open_cache', 'Reached', 'stopping_after', 'replaced_indices', 'replaced_layers',
-           'aligned_outputs', 'forced', 'attention_inputs', 'attention_matrix', 'orientation_loss', 'optimizer_of',
-           'locked', 'sync', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'last_good', 'rewind_log',
-           'save_student', 'Phases', 'step_loss', 'fingerprint', 'check_same_run', 'OutOfTime', 'distill', 'averaged',
-           'train']
+           'processor_identity', 'gradient_identity', 'sample_densities', 'check_processes', 'build_density_cache',
+           'teacher_sensitivity', 'sample_sensitivities', 'token_keys', 'build_gradient_cache', 'keys_of_collated',
+           'with_cache_keys', 'cached_values', 'open_cache', 'Reached', 'stopping_after', 'replaced_indices',
+           'replaced_layers', 'aligned_outputs', 'forced', 'attention_inputs', 'attention_matrix', 'orientation_loss',
+           'optimizer_of', 'locked', 'sync', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'last_good',
+           'rewind_log', 'save_student', 'Phases', 'step_loss', 'fingerprint', 'check_same_run', 'OutOfTime', 'distill',
+           'averaged', 'train']
 
 # %% ../nbs/32_trainer.ipynb #c002
 import fcntl
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from .conditions import CONDITIONS, Condition, TrainSettings
+from .conditions import CONDITIONS, SPEED_ONLY, Condition, TrainSettings
 from .density import position_weights
 from .density_cache import DensityCache, build, density_key, image_keys
 from .fisher import answer_risk, compress, expand, gradient_weights, residual_sensitivity
@@ -244,6 +244,12 @@ def sample_densities(
     return [rho[visual].cpu() for rho, visual in zip(family.density(inputs, reduce=settings.reduce), inputs.visual_mask)]
 
 
+def check_processes(model: nn.Module, options: dict) -> None:
+    "Raises ValueError where processes are asked for that would share a GPU's model."
+    if options.get("processes") and model.device.type != "cpu":
+        raise ValueError(f"processes is {options['processes']} and the model on {model.device}; several processes compute on a CPU alone")
+
+
 def build_density_cache(
     path: str | Path,
     teacher: nn.Module,
@@ -253,7 +259,8 @@ def build_density_cache(
     settings: TrainSettings,
     **options,               # indices, processes, batch_size, progress: see `heed_nb.density_cache.build`
 ) -> DensityCache:
-    "The cache that runs with these settings can read, built or completed. Raises what `build` raises."
+    "The cache that runs with these settings can read, built or completed. Raises what `build` raises, ValueError on processes beside a model on a GPU."
+    check_processes(teacher, options)
     return build(path, dataset, partial(sample_densities, teacher, collate, settings), density_identity(teacher, processor, settings), **options)
 
 
@@ -309,6 +316,7 @@ def build_gradient_cache(
     "The cache that runs of this condition can read, built or completed; any `temper` can be applied later. Raises what `build` raises, ValueError on other weights."
     if "gradient" not in condition.weights:
         raise ValueError(f"condition {condition.name!r} has the weights {condition.weights!r}; a gradient cache is for gradient weights")
+    check_processes(teacher, options)
     identity = gradient_identity(teacher, processor, condition, layers)
     keys = partial(keys_of_collated, collate)
     return build(path, dataset, partial(sample_sensitivities, teacher, collate, condition, layers), identity, keys=keys, **options)
@@ -608,7 +616,7 @@ def save_student(
 
 # %% ../nbs/32_trainer.ipynb #c031
 class Phases:
-    "Seconds by phase. A mark says what the time from here on is spent on; `collect` may read the clock once the device has caught up."
+    "Seconds by phase. A mark says what the time from here on is spent on; `collect` waits for nothing, and leaves what the device has not reached to the next call."
 
     names = ("data", "tower", "density", "teacher", "student", "backward", "optimizer", "checkpoint")
 
@@ -627,9 +635,10 @@ class Phases:
 
     def collect(self) -> None:
         "Adds what lies between the marks; the last one stays open."
-        for (name, start), (_, end) in zip(self.marks, self.marks[1:]):
+        while len(self.marks) > 1 and (not self.cuda or self.marks[1][1].query()):
+            (name, start), (_, end) = self.marks[:2]
             self.seconds[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
-        self.marks = self.marks[-1:]
+            del self.marks[0]
 
 # %% ../nbs/32_trainer.ipynb #c034
 def step_loss(
@@ -685,16 +694,19 @@ def step_loss(
 
 # %% ../nbs/32_trainer.ipynb #c036
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    "A checksum over names, shapes and bits."
-    parts = (f"{name} {tuple(t.shape)} {torch.hash_tensor(t.detach()).item()}" for name, t in sorted(tensors.items()))
-    return f"{zlib.crc32(chr(10).join(parts).encode()):08x}"
+    "A checksum over names, types, shapes and bits."
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def check_same_run(saved: dict, wanted: dict, folder: Path) -> None:
     "Raises ValueError naming the first thing in which a checkpoint differs from the run that wants to go on from it."
     for part in ("setting", "condition"):
         for name, value in wanted[part].items():
-            if saved[part].get(name) != value:
+            if name not in SPEED_ONLY and saved[part].get(name) != value:
                 raise ValueError(f"{folder} holds a run with the {part} {name} = {saved[part].get(name)!r}, this one has {value!r}; choose another folder or remove it")
     for part in ("teacher", "start"):
         if saved[part] != wanted[part]:
@@ -723,6 +735,8 @@ def distill(
     Raises OutOfTime at the deadline; ValueError on a condition that can't be trained or is not the student's, a cache that is not the teacher's, a folder in use or of
     another run, a bad sample; FloatingPointError on a loss that is not finite; OSError on a full disk. Earlier results stay as they are."""
     check_trainable(condition)
+    if settings.precision == "fp32" and student.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"the student is in {student.dtype}, precision is fp32: load the teacher in float32, or set precision to bf16")
     if (built := student.config.get_text_config().mixer) != condition.mixer:
         raise ValueError(f"condition {condition.name!r} has the mixer {condition.mixer!r}, the student {built!r}")
     cache = open_cache(student, teacher, condition, settings, processor)
@@ -734,10 +748,13 @@ def distill(
     with locked(out) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         pair_with_teacher(student, teacher)
+        dtypes = {parameter: parameter.dtype for parameter in mixer_parameters(student).values()}
         try:
             numbers = train(student, dataset, collate, condition, settings, out, accelerator, progress, cache, deadline)
         finally:
             unpair(student)
+            for parameter, dtype in dtypes.items():
+                parameter.data = parameter.data.to(dtype)
         if accelerator.is_main_process:
             save_student(student, processor, out)
         accelerator.wait_for_everyone()
@@ -767,7 +784,9 @@ def train(
     cache: DensityCache | None = None,  # of the density or the sensitivities that the condition needs; None: they are computed
     deadline: float | None = None,
 ) -> dict:
-    "The steps of `distill`, from the last checkpoint to the end of the budget. Several processes share each batch; the first one writes."
+    """The steps of `distill`, from the last checkpoint to the end of the budget. Several processes share each batch; the first one writes.
+
+    Each process takes its means over its own share, and gradients are averaged over processes: means of means, which are the batch's own where shares are of one size."""
     device, main, processes = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     if settings.threads:
         torch.set_num_threads(settings.threads)

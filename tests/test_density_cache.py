@@ -305,6 +305,25 @@ def test_killed_within_a_write_it_goes_on(tmp_path, at):
     assert write(tmp_path / "cache", content).read_bytes() == write(tmp_path / "whole", content).read_bytes()
 
 
+def test_a_length_that_changed_in_a_file_without_an_end_is_no_cut(tmp_path):
+    content = samples((36, 250, 1, 0, 30))
+    writer = DensityCacheWriter(tmp_path / "open", IDENTITY)
+    for key, density in content.items():
+        writer.add(key, density)
+    unclosed, path = writer.path.read_bytes(), tmp_path / "cache"
+    starts = [unclosed.index(key.encode()) - 24 for key in content]
+    for record in range(4):  # the last one can't be told from one that was cut
+        for bit in range(64):  # of the key's length and the number of tokens
+            path.unlink(missing_ok=True)
+            changed = bytearray(unclosed)
+            changed[starts[record] + 8 + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            for opened in (DensityCache, DensityCacheWriter):
+                with pytest.raises(ValueError, match=rf"record {record}\b.* is damaged"):
+                    opened(path, IDENTITY)
+            assert path.read_bytes() == changed
+
+
 def test_a_damaged_record_of_a_file_to_go_on_with_is_named(dozen):
     path, content = dozen
     place = path.read_bytes().index(b"sample-6") + 20

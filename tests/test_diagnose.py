@@ -12,6 +12,7 @@ import torch
 from scipy.stats import spearmanr
 from torch.testing import assert_close
 
+from heed_nb.batch import run_notebook
 from heed_nb.data import Sample, collate
 from heed_nb.diagnose import (COLUMNS, CORRELATIONS, ImageMoments, answer_importance, answer_score, attention_concentration, bootstrap_counts,
                               correlation_summary, decile_curve, decile_groups, decile_means, density_deciles, diagnose, hide, interval, one_by_one,
@@ -377,6 +378,14 @@ def test_what_can_not_be_diagnosed_is_named():
     broken = to_hybrid(teacher)
     with torch.no_grad(): next(p for name, p in broken.named_parameters() if "layers.1.mlp" in name).fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN or infinity"): diagnose(teacher, broken, processor, documents(7))
+
+
+@pytest.mark.parametrize("given", [dict(images=12), dict(teacher="outputs/teachers/toy-glm4v"), dict(ablate=-1), dict(dtype="bfloat16")])
+def test_another_diagnosis_than_the_scales_takes_a_folder_of_its_own(given, root, monkeypatch):
+    monkeypatch.chdir(root)
+    (name, value), = given.items()
+    with pytest.raises(ValueError, match=rf"^{name} {value!r} makes another diagnosis than scale toy's: give its folder as `out`$"):
+        run_notebook("nbs/runs/diagnose.ipynb", dict(scale="toy") | given)
 
 
 @pytest.mark.slow

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_results import notebook
 
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, REASONING, REGIMES, TASKS
 from heed_nb.evaluate import evaluate, task_files
-from heed_nb.results import AVERAGES, ROWS, joint_failures, pair_answers, read_answers, score_table, scores
+from heed_nb.results import AVERAGES, ROWS, joint_failures, pair_answers, read_answers, run_name, score_table, scores, write_run
 from heed_nb.toyworld import BAND, COLOURS, FAILURES, PATCH, SIDE, Documents, Page, asked_text, benchmark, failure, glyph, render
 
 
@@ -88,7 +89,7 @@ def test_the_committed_teacher_answers_both(root):
 # Answers of two runs
 
 def write_answers(folder, name, lines):
-    (folder / name).mkdir()
+    (folder / name).mkdir(parents=True)
     (folder / name / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return dict(name=name, path=folder / name / "evaluate.json")
 
@@ -116,6 +117,18 @@ def test_answers_that_are_missing_or_to_other_questions(tmp_path):
     with pytest.raises(ValueError, match="C3 and C4 answered different questions"): pair_answers(first, second)
     with pytest.raises(ValueError, match="no answers.jsonl in C1; run nbs/runs/evaluate.ipynb there again"):
         read_answers(dict(name="C1", path=tmp_path / "C1" / "evaluate.json"))
+
+
+@pytest.mark.parametrize("name", ["toy-qwen3vl", "toy-internvl", "toy-glm4v", "toy-minicpmv"])
+def test_figure_6_draws_the_density_of_any_familys_tower(name, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    asked = benchmark("docvqa", 3)
+    for condition, said in (("C3", ["no"] * 3), ("C4", [q.answer for q in asked])):
+        run = run_name(condition, 0, 2000)
+        write_answers(tmp_path / "runs", run, map(line, asked, said))
+        write_run(tmp_path / "runs" / run / "evaluate.json", "evaluate", {}, dict(scores=dict(docvqa=100 * (condition == "C4")), n=dict(docvqa=3)))
+    notebook(root, "figure_06", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, conditions=["C3", "C4"], teacher=f"outputs/teachers/{name}")
+    assert (tmp_path / "figures/figure_06.png").read_bytes().startswith(b"\x89PNG") and "C3 fails and C4 answers 3 of 3" in (tmp_path / "tables/figure_06.md").read_text()
 
 
 # Kinds of failure

@@ -97,6 +97,15 @@ def test_kd_is_eq_1(dtype):
         assert loss.item() == pytest.approx(2 * kl / n_kl + 0.5 * ce / n_ce, rel=tolerance)
 
 
+def test_without_a_token_to_ask_for_the_terms_are_0_and_have_a_gradient():
+    student = torch.randn(2, 5, 4, requires_grad=True)
+    nowhere = torch.zeros(2, 5, dtype=torch.bool)
+    for teacher in (None, torch.randn(2, 5, 4)):
+        kl, ce = kd_terms(student, teacher, nn.Linear(4, 9), torch.full((2, 5), -100), nowhere)
+        (kl + ce).backward()
+        assert (kl, ce) == (0, 0) and student.grad.eq(0).all()
+
+
 def test_chunks_bound_the_logits_that_are_held():
     T, D, V, chunk = 96, 4, 500, 16
     rows, saved = [], []

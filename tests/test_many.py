@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from heed_nb import trainer
-from heed_nb.batch import run_notebook
+from heed_nb.batch import alone, run_notebook
 from heed_nb.conditions import load_scale
 from heed_nb.results import write_run
 
@@ -64,6 +64,14 @@ def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
     with pytest.raises(ValueError, match=rf"{kind}.json was made with {key} = {was!r}, scale smoke has .*; remove its folder$"):
         many(seeds=[7])
     assert sorted(path.name for path in folder.iterdir()) == sorted({"distill.json", f"{kind}.json"})
+    shutil.rmtree(copy / "outputs/smoke")
+
+
+def test_beside_another_batch_it_is_refused(copy):
+    with alone(load_scale("smoke")), pytest.raises(ValueError, match="^another batch is running at scale smoke; wait for it or stop it$"):
+        many()
+    with alone(load_scale("smoke")):  # and has let go of nothing that is not its own
+        assert not (copy / "outputs/smoke/runs").exists()
     shutil.rmtree(copy / "outputs/smoke")
 
 

@@ -370,10 +370,12 @@ def test_publish_copies_records_and_no_weights(tmp_path):
     runs_with(tmp_path / "toy" / "runs", {("C0", None): 80}, "toy-glm4v", "glm4v")
     student = tmp_path / "toy" / "runs" / run_name("C4", 0, 1000)
     for name in ("student/model.safetensors", "answers.jsonl", "evaluate.ipynb"):
-        write_file(student / name, "large")
+        for condition in ("C3", "C4"):
+            write_file(student.with_name(run_name(condition, 0, 1000)) / name, "large")
     target = publish("toy", tmp_path)
     names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    assert names == {"manifest.json", "tables/table_01.md", *(f"runs/{name}/evaluate.json" for name in ["C0", "toy-glm4v/C0", *(run_name(c, 0, 1000) for c in LADDER[1:])])}
+    answers = f"runs/{run_name('C4', 0, 1000)}/answers.jsonl"  # which the claim on failures reads
+    assert names == {"manifest.json", "tables/table_01.md", answers, *(f"runs/{name}/evaluate.json" for name in ["C0", "toy-glm4v/C0", *(run_name(c, 0, 1000) for c in LADDER[1:])])}
     manifest = json.loads((target / "manifest.json").read_text())
     assert sum(map(len, manifest["commits"].values())) == 6 and manifest["files"].keys() == names - {"manifest.json"}
 

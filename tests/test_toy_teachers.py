@@ -12,7 +12,7 @@ from heed_nb.evaluate import evaluate
 from heed_nb.hybrid import to_hybrid
 from heed_nb.results import read_run
 from heed_nb.teachers import FAMILIES, load_teacher
-from heed_nb.toyworld import TOYS, benchmark
+from heed_nb.toyworld import TOYS, benchmark, train_teacher
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "outputs/teachers").glob("*/config.json"))
 folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -37,6 +37,15 @@ def test_size_and_bar(folder):
 def test_reads_through_the_harness(folder, tmp_path):
     scores = evaluate(folder, benchmarks=["docvqa", "ai2d", "mmstar"], questions=20, batch_size=20, out=tmp_path)["scores"]
     assert min(scores.values()) >= 80
+
+
+def test_a_teacher_goes_on_with_its_own_arguments_alone(tmp_path):
+    given = dict(read_steps=1, answer_steps=1, batch_size=2, checkpoint_every=1)
+    train_teacher(tmp_path, **given)
+    for name, other in dict(lr=1e-3, answer_steps=2, model_type="glm4v", kinds=["chart"]).items():
+        with pytest.raises(ValueError, match=rf"checkpoint.safetensors is of a teacher with {name} = .*, this one has .*{other if name != 'kinds' else 'chart'}.*; remove it$"):
+            train_teacher(tmp_path, **given | {name: other})
+    assert train_teacher(tmp_path, **given)["history"] == []
 
 
 LOAD = """

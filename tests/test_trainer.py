@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -459,6 +460,71 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole, monkeypatch):
 def test_batches_prepared_by_other_processes_are_the_same(tmp_path, whole):
     run(tmp_path, settings=replace(SETTINGS, workers=1))
     assert_same_run(tmp_path, whole[0])
+
+
+def test_a_run_may_go_on_with_other_workers_and_checkpoints(tmp_path, whole):
+    with pytest.raises(trainer.OutOfTime):
+        run(tmp_path, deadline=0)
+    run(tmp_path, settings=replace(SETTINGS, workers=1, checkpoint_every=5))
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_a_half_precision_pair_is_trained_saved_and_used_in_its_own_precision(tmp_path):
+    teacher = tiny_teacher().to(torch.bfloat16)
+    model = to_hybrid(teacher)
+    before = {name: (p.dtype, p.detach().clone()) for name, p in mixer_parameters(model).items()}
+    with pytest.raises(ValueError, match="^the student is in torch.bfloat16, precision is fp32: load the teacher in float32, or set precision to bf16$"):
+        distill(model, teacher, Noise(), collate, CONDITIONS["C4"], SETTINGS, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    distill(model, teacher, Noise(), collate, CONDITIONS["C4"], replace(SETTINGS, precision="bf16"), tmp_path, progress=False)
+    after = mixer_parameters(model)
+    assert all(p.dtype == before[name][0] for name, p in after.items()) and not all(p.equal(before[name][1]) for name, p in after.items())
+    assert {name: value.dtype for name, value in student(tmp_path).items() if name in after} == {name: dtype for name, (dtype, _) in before.items()}
+    batch = {name: value for name, value in collate([Noise()[0]]).items() if isinstance(value, torch.Tensor) and name != "labels"}
+    assert model.eval().generate(**batch, max_new_tokens=3, do_sample=False).shape[1] > batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_times_on_a_gpu_are_read_once_it_has_caught_up(monkeypatch, late):
+    "Events that refuse to be read before the device has reached them, as CUDA's do."
+    class Event:
+        made = []
+
+        def __init__(self, enable_timing):
+            self.at, self.reached = len(self.made), False
+            self.made.append(self)
+
+        def record(self): pass
+
+        def query(self): return self.reached
+
+        def elapsed_time(self, end):
+            assert self.reached and end.reached
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    phases = trainer.Phases(torch.device("cuda"))
+    for step in range(3):
+        for name in ("data", "student", "optimizer", "checkpoint"):
+            phases.mark(name)
+        for event in Event.made[:len(Event.made) - 2 * late]: event.reached = True
+        phases.collect()
+    assert {name: phases.seconds[name] for name in ("data", "student", "optimizer", "checkpoint")} == dict(data=3, student=3 - late, optimizer=3 - late, checkpoint=2)
+
+
+def test_a_fingerprint_sees_every_bit():
+    t = torch.randn(4, 6)
+    tensors = [t, -t, t.flip(0), t.flip(1), t.T.contiguous(), t.reshape(6, 4), t.bfloat16(), torch.ones(4, 6), 2 * torch.ones(4, 6), torch.zeros(4, 6)]
+    assert len({trainer.fingerprint({"a": x}) for x in tensors} | {trainer.fingerprint({"b": t})}) == len(tensors) + 1
+    assert trainer.fingerprint({"a": t, "b": -t}) == trainer.fingerprint({"b": -t, "a": t.T.contiguous().T}) != trainer.fingerprint({"a": -t, "b": t})
+
+
+def test_processes_do_not_share_a_model_on_a_gpu():
+    with torch.device("meta"):
+        model = tiny_teacher()
+    for build in (trainer.build_density_cache, partial(trainer.build_gradient_cache, condition=CONDITIONS["C5"], layers=[0])):
+        with pytest.raises(ValueError, match="^processes is 2 and the model on meta; several processes compute on a CPU alone$"):
+            build("nowhere", model, dataset=None, collate=None, processor=None, processes=2, **{} if isinstance(build, partial) else dict(settings=SETTINGS))
 
 
 def share_a_run(out, rank):
