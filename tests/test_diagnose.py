@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+import statsmodels.api as sm
 import tiny
 import torch
 from scipy.stats import spearmanr
@@ -278,7 +279,6 @@ def test_regression_and_bootstrap_are_those_of_the_rows():
 
 
 def test_regression_is_statsmodels():
-    sm = pytest.importorskip("statsmodels.api", reason="statsmodels, an independent least squares, is not installed")
     images = list(made_images())
     table = {name: np.concatenate([image[name] for image in images]) for name in images[0]}
     z = {name: (column - column.mean()) / column.std() for name, column in table.items()}
