@@ -583,6 +583,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'heed_nb.toyworld.draw_regime': ('toyworld.html#draw_regime', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld.failure': ('toyworld.html#failure', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld.glyph': ('toyworld.html#glyph', 'heed_nb/toyworld.py'),
+                                  'heed_nb.toyworld.mlp_energy': ('toyworld.html#mlp_energy', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld.page_labels': ('toyworld.html#page_labels', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld.page_questions': ('toyworld.html#page_questions', 'heed_nb/toyworld.py'),
                                   'heed_nb.toyworld.processor': ('toyworld.html#processor', 'heed_nb/toyworld.py'),

@@ -5,7 +5,7 @@ __all__ = ['SIDE', 'PATCH', 'BAND', 'KINDS', 'KEYS', 'GLYPHS', 'SHAPES', 'PLACES
            'WHITE', 'FILLS', 'LABELS', 'POINTS', 'READING', 'RULE', 'TURNS', 'FAILURES', 'ROPE', 'PATCHES', 'BLOCKS',
            'LAYERS', 'TOYS', 'SPECIAL', 'CHAT_TEMPLATE', 'READ_OUT', 'Text', 'Shape', 'Page', 'glyph', 'draw_page',
            'render', 'page_labels', 'Question', 'page_questions', 'draw_regime', 'Documents', 'benchmark', 'asked_text',
-           'failure', 'Toy', 'tokenizer', 'processor', 'teacher_config', 'Muon', 'train_teacher']
+           'failure', 'Toy', 'tokenizer', 'processor', 'teacher_config', 'Muon', 'mlp_energy', 'train_teacher']
 
 # %% ../nbs/42_toyworld.ipynb #c002
 import functools
@@ -35,8 +35,9 @@ from transformers.processing_utils import ProcessorMixin
 
 from .conditions import FINE_GRAINED, REASONING, REGIMES
 from .data import Sample, collate
+from .losses import record_inputs, record_outputs
 from .minicpm import MiniCPMVImageProcessor
-from .teachers import family_class, family_of, load_teacher
+from .teachers import Family, family_class, family_of, load_teacher
 
 # %% ../nbs/42_toyworld.ipynb #c005
 SIDE, PATCH = 96, 8  # pixels: 12 x 12 patches, 6 x 6 visual tokens
@@ -508,12 +509,25 @@ def _read_loss(family, model, heads, batch):
         right.append((logits.argmax(-1) == shown)[shown > 0].float().mean())
     return loss, torch.stack(right).mean()
 
-def _answer_loss(family, model, batch):
+def mlp_energy(
+    family: Family,
+    model: torch.nn.Module,
+    inputs: dict,                   # of the decoder, as `language_inputs` gives them
+    mask: torch.Tensor,             # [B, T], 0 at padding
+) -> tuple[torch.Tensor, torch.Tensor]:  # [layers]; the decoder's last hidden states [B, T, D]
+    "What each layer's MLP writes into the residual stream over what it reads, as mean of |update|^2 / |stream before|^2; no gradient through the latter."
+    layers, there = family.layers(model), mask.bool()
+    with record_inputs([layer.post_attention_layernorm for layer in layers]) as before, record_outputs(layers) as after:
+        hidden = family.decoder(model)(**inputs).last_hidden_state
+    energy = lambda x: x[there].square().sum(-1)
+    return torch.stack([(energy(b - a) / energy(a).detach()).mean() for a, b in zip(before, after)]), hidden
+
+def _answer_loss(family, model, batch, mlp_weight):
     labels = batch["labels"][:, 1:]
-    hidden = family.decoder(model)(**family.language_inputs(model, batch).kwargs).last_hidden_state[:, :-1]
+    written, hidden = mlp_energy(family, model, family.language_inputs(model, batch).kwargs, batch["attention_mask"])
     asked = labels != -100
-    logits = family.lm_head(model)(hidden[asked])
-    return F.cross_entropy(logits, labels[asked]), (logits.argmax(-1) == labels[asked]).float().mean()
+    logits = family.lm_head(model)(hidden[:, :-1][asked])
+    return F.cross_entropy(logits, labels[asked]) + mlp_weight * written.mean(), (logits.argmax(-1) == labels[asked]).float().mean()
 
 def _sines(table):
     "Fills a table of learned positions, with or without a first row that stands for no patch: from there a tower finds a neighbour in hundreds of steps."
@@ -537,7 +551,8 @@ def train_teacher(
     model_type: str = "qwen3_vl",  # of TOYS
     start: str | Path | None = None,  # a teacher's folder: the decoder starts from its
     read_steps: int = 600,
-    answer_steps: int = 1500,
+    answer_steps: int = 1000,
+    mlp_weight: float = .4,        # of `mlp_energy`, mean over layers, in the answer phase
     batch_size: int = 32,
     lr: float = 1.5e-3,            # peak of each phase's cosine, after 2 % warm-up
     seed: int = 0,
@@ -547,8 +562,8 @@ def train_teacher(
     config: dict | None = None,    # fields of teacher_config
 ) -> dict:                         # parameters, train_seconds, history: [phase, step, loss, share right]
     "Trains the toy teacher into `out` (bf16 weights, tokenizer, processor); resumes from its checkpoint. Raises ValueError on one of a teacher with other arguments."
-    given = json.loads(json.dumps(dict(model_type=model_type, start=start, read_steps=read_steps, answer_steps=answer_steps, batch_size=batch_size,
-                                       lr=lr, seed=seed, kinds=list(kinds), config=config), default=str))
+    given = json.loads(json.dumps(dict(model_type=model_type, start=start, read_steps=read_steps, answer_steps=answer_steps, mlp_weight=mlp_weight,
+                                       batch_size=batch_size, lr=lr, seed=seed, kinds=list(kinds), config=config), default=str))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -585,7 +600,7 @@ def train_teacher(
         bar = tqdm(batches, desc=phase, initial=first, total=steps)
         for step, batch in enumerate(bar, first + 1):
             batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
-            loss, right = _read_loss(family, model, heads, batch) if phase == "read" else _answer_loss(family, model, batch)
+            loss, right = _read_loss(family, model, heads, batch) if phase == "read" else _answer_loss(family, model, batch, mlp_weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained.values(), 1.)
             for group in (*muon.param_groups, *adamw.param_groups): group["lr"] = lr * min(step / (.02 * steps), .5 + .5 * math.cos(math.pi * (step - 1) / steps))
