@@ -6,7 +6,7 @@
 __all__ = ['SMOKE', 'Choice', 'open_points', 'choices', 'Run', 'notebook_parameters', 'Batch', 'alone', 'run_notebook']
 
 # %% ../nbs/62_batch.ipynb #c002
-import ast, io, json, sys, traceback
+import ast, fcntl, io, json, sys, traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from filelock import FileLock, Timeout
 
 from .conditions import SPEED_ONLY, Scale, get_condition, load_scale
 from .results import PAPER, read_run, root, run_name, write_file
@@ -139,8 +138,7 @@ class Batch:
         if "runs" not in given:
             return []
         shown, budget, side_seeds = self.conditions_of(name), self.scale.token_budget, self.seeds if self.seeds_given else self.scale.side_seeds
-        side = given.get("side_conditions", ())
-        found = self.runs([c for c in shown if c not in side], seeds, [budget]) + self.runs([c for c in shown if c in side], side_seeds, [budget])[1:]
+        found = self.runs(shown, seeds, [budget])
         curve = self.scale.budgets if "token_budget" not in given else self.scale.side_budgets if "side_budgets" in given else ()
         found += self.runs(shown, side_seeds, {*curve} - {budget})[1:]
         if "teachers" in given:
@@ -190,15 +188,12 @@ def alone(
     "Inside, no other batch begins at the scale. Raises ValueError if one is at work; of one that was killed nothing is left."
     folder = root() / "outputs" / scale.name
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another batch is running at scale {scale.name}; wait for it or stop it") from None
-    try:
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another batch is running at scale {scale.name}; wait for it or stop it") from None
         yield
-    finally:
-        lock.release()
 
 # %% ../nbs/62_batch.ipynb #c017
 def _run_cell(source, name, namespace):  # prints the value of the last expression

@@ -40,7 +40,7 @@ def test_reads_through_the_harness(folder, tmp_path):
 
 
 def test_a_teacher_goes_on_with_its_own_arguments_alone(tmp_path):
-    given = dict(read_steps=1, answer_steps=1, batch_size=2, checkpoint_every=1)
+    given = dict(read_steps=1, answer_steps=1, settle_steps=1, batch_size=2, checkpoint_every=1)
     train_teacher(tmp_path, **given)
     for name, other in dict(lr=1e-3, answer_steps=2, model_type="glm4v", kinds=["chart"]).items():
         with pytest.raises(ValueError, match=rf"checkpoint.safetensors is of a teacher with {name} = .*, this one has .*{other if name != 'kinds' else 'chart'}.*; remove it$"):
