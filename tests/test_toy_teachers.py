@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from heed_nb.data import collate
 from heed_nb.evaluate import evaluate
 from heed_nb.hybrid import to_hybrid
 from heed_nb.results import read_run
-from heed_nb.teachers import FAMILIES, load_teacher
-from heed_nb.toyworld import TOYS, benchmark, train_teacher
+from heed_nb.teachers import FAMILIES, family_of, load_teacher
+from heed_nb.toyworld import TOYS, Documents, benchmark, mlp_energy, train_teacher
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "outputs/teachers").glob("*/config.json"))
 folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -31,6 +32,15 @@ def test_size_and_bar(folder):
     numbers = read_run(folder / "teacher.json")["numbers"]
     assert parameters == numbers["parameters"] <= 4.5e6
     assert min(numbers["means"].values()) >= 95
+
+
+@folders
+def test_its_mlps_change_the_residual_stream_little(folder):
+    model, processor = load_teacher(folder)
+    batch, family = collate([Documents(split="test")[i] for i in range(8)], processor), family_of(model)
+    with torch.no_grad():
+        written, _ = mlp_energy(family, model, family.language_inputs(model, batch).kwargs, batch["attention_mask"])
+    assert written.max() < 0.5 and written.mean() < 0.2  # 0.6 to 59 and 0.24 to 15 after the answer phase
 
 
 @folders
