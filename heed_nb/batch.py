@@ -138,7 +138,8 @@ class Batch:
         if "runs" not in given:
             return []
         shown, budget, side_seeds = self.conditions_of(name), self.scale.token_budget, self.seeds if self.seeds_given else self.scale.side_seeds
-        found = self.runs(shown, seeds, [budget])
+        side = given.get("side_conditions", ())
+        found = self.runs([c for c in shown if c not in side], seeds, [budget]) + self.runs([c for c in shown if c in side], side_seeds, [budget])[1:]
         curve = self.scale.budgets if "token_budget" not in given else self.scale.side_budgets if "side_budgets" in given else ()
         found += self.runs(shown, side_seeds, {*curve} - {budget})[1:]
         if "teachers" in given:

@@ -292,7 +292,7 @@ class Scale:
     conditions: tuple = ("C0", "C1", "C2", "C3", "C4")  # of Tables 1 and 6; a notebook of nbs/paper that shows others names them
     seeds: tuple = (0,)
     more_seeds: dict = field(default_factory=dict)  # condition -> seeds that it has beside `seeds`
-    side_seeds: tuple = (0,)              # of the curve at other budgets, Table 6's other teachers and the open points
+    side_seeds: tuple = (0,)              # of the curve at other budgets, Table 6's other teachers, what notebooks of nbs/paper name side_conditions, and the open points
     budgets: tuple = ()                     # token budgets of Table 1's curve; empty: no curve
     side_budgets: tuple = ()                # the same of Tables 5 and 6
     init: str = "paper"                     # start of the mixers' new parameters

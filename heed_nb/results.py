@@ -384,10 +384,12 @@ def asked_runs(
     conditions: Iterable[str],
     token_budget: int,
     seeds: Iterable[int] | None = None,  # of every condition; None: the scale's
+    side_conditions: Iterable[str] = (), # where `seeds` is None, those with the scale's `side_seeds` alone
     side_budgets: Iterable[int] = (),    # more token budgets; where `seeds` is None, with the scale's `side_seeds`
 ) -> tuple[dict[str, Iterable[int]], list[dict], list[str]]:  # the conditions with their seeds; of `read_runs`; the names that are missing
     "What a table shows. Raises ValueError on an unknown condition, and if no run is there."
     wanted = {get_condition(c).name: plan.seeds if seeds is None else seeds for c in conditions}
+    if seeds is None: wanted |= {c: plan.side_seeds for c in side_conditions if c in wanted}
     by_budget = {b: dict.fromkeys(wanted, plan.side_seeds if seeds is None else seeds) for b in side_budgets} | {token_budget: wanted}
     found = [r for r in read_runs(runs) if r['condition'] in wanted and (r['seed'] is None or r['seed'] in by_budget.get(r['token_budget'], {}).get(r['condition'], ()))]
     if not found:
