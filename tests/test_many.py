@@ -8,7 +8,6 @@ import time
 from dataclasses import asdict
 
 import pytest
-from lmms_eval import evaluator
 
 from heed_nb import trainer
 from heed_nb.batch import alone, run_notebook
@@ -69,6 +68,7 @@ def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
 
 
 def test_beside_another_batch_it_is_refused(copy):
+    from lmms_eval import evaluator  # here, as it lets PIL read truncated images
     evaluator._enable_reentrant_filelocks()  # as an evaluation does: from then on filelock's locks let their own process in
     with alone(load_scale("smoke")), pytest.raises(ValueError, match="^another batch is running at scale smoke; wait for it or stop it$"):
         many()
