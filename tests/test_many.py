@@ -68,7 +68,8 @@ def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
 
 
 def test_beside_another_batch_it_is_refused(copy):
-    from lmms_eval import evaluator  # here, as it lets PIL read truncated images
+    import heed_nb.lmms_model  # noqa: F401: before lmms-eval, which otherwise lets PIL read truncated images from then on
+    from lmms_eval import evaluator
     evaluator._enable_reentrant_filelocks()  # as an evaluation does: from then on filelock's locks let their own process in
     with alone(load_scale("smoke")), pytest.raises(ValueError, match="^another batch is running at scale smoke; wait for it or stop it$"):
         many()
