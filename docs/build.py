@@ -1,29 +1,36 @@
 """The documentation site and README.md, made from the notebooks as they stand, outputs included.
 
-Each notebook becomes a page, each module a reference page from its docstrings and docments,
-and each published scale a page of its tables and figures. Nothing is run but imports.
+Each notebook becomes a page, and those of nbs/paper show what is published of them. Each module becomes
+a reference page from its docstrings and docments. Nothing is run but imports.
 """
 import argparse
 import base64
+import dis
 import logging
 import os
 import re
 import shutil
 import sys
+import tomllib
 from importlib import import_module
+from inspect import iscode
+from os.path import relpath
 from pathlib import Path
 
 import nbformat
+from IPython.core.inputtransformer2 import TransformerManager
 from latex2mathml.converter import convert
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = ROOT / "nbs"
+NOTEBOOKS, PUBLISHED, PAGES = ROOT / "nbs", ROOT / "outputs" / "published", ROOT / "_proc"
 DIRECTIVE = re.compile(r"^#\| *(.*?) *\n?$\n?", re.M)
 CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|`+[^`\n]+`+)", re.M | re.S)
-MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])", re.S)
+MATH = re.compile(r"\\\$|!\[[^\]]*\]|\$\$(.+?)\$\$"
+                  r"|(?<![$\w])\$(?!\s)((?:\\.|[^$\\\n]|\n(?!\s*\n))+?)(?<!\s)\$(?![\w$])", re.S)
+TARGET = re.compile(r"(?:(?<=\]\()|(?<=src=\"))(?!\w+:|#)([^)#\s\"]+)")
 
 
 def outside_code(text, change):
@@ -33,63 +40,107 @@ def outside_code(text, change):
 
 
 def mathml(text):
-    "LaTeX between dollars as MathML, which browsers show without a script."
-    def math(match):
+    "LaTeX between dollars as MathML, which needs no script, in a span: at a bare `<math>` Markdown ends the paragraph."
+    def formula(match):
         block, inline = match.groups()
+        if not (block or inline):  # an escaped dollar, or what a picture shows
+            return match[0].lstrip("\\")
         if inline:
-            return convert(inline)
+            return f"<span>{convert(inline)}</span>"
         numbered = re.sub(r"\\tag\{(.+?)\}", r"\\qquad (\1)", block.strip())
-        return f"\n\n{convert(numbered, display='block')}\n\n"
+        return f'<span class="display">{convert(numbered, display="block")}</span>'
 
-    return MATH.sub(math, text)
+    return MATH.sub(formula, text)
 
 
-def output_markdown(output, picture):
-    "One output of a cell as Markdown; `picture(extension, bytes)` stores an image and returns its link."
+def lowered(text):
+    "`text` with its headings one level down."
+    return outside_code(text, lambda piece: re.sub(r"^#(?=#* )", "##", piece, flags=re.M))
+
+
+def names_of(code):
+    "The names that a code object sets, and those that it reads from what ran before."
+    sets, reads, inner = set(), set(), set()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_NAME", "LOAD_GLOBAL") and step.argval not in sets:
+            reads.add(step.argval)
+        elif step.opname in ("STORE_NAME", "STORE_GLOBAL"):
+            sets.add(step.argval)
+        elif iscode(step.argval):
+            inner |= names_of(step.argval)[1]
+    return sets, reads | (inner - sets)
+
+
+def output_markdown(output, picture, alt):
+    "One output of a cell as Markdown; `picture(extension, bytes)` stores an image, `alt` describes it."
     if output.output_type == "stream":
         return f"```text\n{output.text.rstrip()}\n```" if output.name == "stdout" else ""
     data = output.get("data", {})
-    if "image/png" in data:
-        return f"![]({picture('png', base64.b64decode(data['image/png']))})"
-    if "image/svg+xml" in data:
-        return f"![]({picture('svg', data['image/svg+xml'].encode())})"
+    for kind, extension, read in (("image/png", "png", base64.b64decode), ("image/svg+xml", "svg", str.encode)):
+        if kind in data:
+            return f"![{alt}]({picture(extension, read(data[kind]))})"
     if "text/markdown" in data:
-        return data["text/markdown"]
+        text = data["text/markdown"]
+        return lowered(text) if re.search(r"^# ", text, re.M) else text
     if "text/html" in data:
-        return re.sub(r"<style.*?</style>\s*", "", data["text/html"], flags=re.S)
+        return re.sub(r'<style.*?</style>\s*| border="1" class="dataframe"', "", data["text/html"], flags=re.S)
     return f"```text\n{data['text/plain'].rstrip()}\n```" if "text/plain" in data else ""
 
 
-def notebook_markdown(path, picture):
-    "A notebook as Markdown: outputs below their cells; directives are dropped, `hide` and `echo: false` obeyed."
-    parts = []
-    for cell in nbformat.read(path, as_version=4).cells:
+def notebook_parts(path, picture):
+    """The shown cells of a notebook as Markdown, outputs below their code; directives are dropped.
+
+    The code of a cell with `hide` or `echo: false` is left out, or folded if code that is shown reads a name from it.
+    """
+    parts, wanted = [], set()
+    for cell in reversed(nbformat.read(path, as_version=4).cells):
         directives = DIRECTIVE.findall(cell.source)
         source = DIRECTIVE.sub("", cell.source).strip("\n")
-        if "hide" in directives or not source.strip():
-            continue
-        if cell.cell_type == "markdown":
+        if cell.cell_type == "code" and source.strip():
+            sets, reads = names_of(compile(TransformerManager().transform_cell(source), path.name, "exec"))
+            shown = not {"hide", "echo: false"} & set(directives)
+            code = f"```python\n{source}\n```" if shown or sets & wanted else ""
+            if code:
+                wanted = wanted - sets | reads
+                code = code if shown else f'<details markdown="1"><summary>Setup</summary>\n\n{code}\n\n</details>'
+            outputs = [] if "hide" in directives else cell.outputs
+            alt = next((line.partition(":")[2].strip(' "') for line in directives if line.startswith("fig-alt:")), "")
+            if not alt and any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})):
+                raise ValueError(f"{path.name}: a picture has no `#| fig-alt: what it shows`:\n{source}")
+            shown_below = (output_markdown(output, picture, alt) for output in outputs)
+            parts.append("\n\n".join(filter(None, [code, *shown_below])))
+        elif cell.cell_type == "markdown" and "hide" not in directives:
             parts.append(source)
-        elif cell.cell_type == "code":
-            if "echo: false" not in directives:
-                parts.append(f"```python\n{source}\n```")
-            parts += [output_markdown(output, picture) for output in cell.outputs]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return [part for part in reversed(parts) if part.strip()]
 
 
-def relink(text, link):
-    "`text` with each relative link to a notebook passed through `link`."
-    return outside_code(text, lambda piece: re.sub(r"(?<=\]\()(?!\w+:)([^)#\s]+\.ipynb)", lambda m: link(m[1]), piece))
+def places():
+    "The page on which each notebook, each published scale and each published table is shown."
+    found = {path: path.relative_to(NOTEBOOKS).with_suffix(".md") for path in NOTEBOOKS.rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in path.parts}
+    for tables in sorted(PUBLISHED.glob("*/tables")):
+        found[tables.parent] = Path("published", f"{tables.parent.name}.md")
+        found |= {path: Path("paper", path.name) for path in (*tables.glob("*.md"), *tables.parent.glob("*.md"))}
+    return found
 
 
-def readme():
-    "README.md's text, from nbs/index.ipynb."
-    def picture(extension, content):
-        raise ValueError("nbs/index.ipynb holds a picture as an output; README.md can only show pictures that are files")
+def placed(text, folder, page, place):
+    "`text` of a file in `folder` with links that hold on `page`; pictures are copied, files without a page named."
+    def link(match):
+        target = (folder / match[1]).resolve()
+        if target in place:
+            return relpath(PAGES / place[target], page.parent)
+        if not target.is_relative_to(ROOT) or not target.exists():
+            return match[0]  # the build warns
+        if target.suffix not in (".gif", ".jpg", ".png", ".svg", ".webp"):
+            return f"repository:{target.relative_to(ROOT)}"
+        copy = PAGES / target.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(target, copy)
+        return relpath(copy, page.parent)
 
-    note = "<!-- made from nbs/index.ipynb by `make readme` -->\n\n"
-    text = relink(notebook_markdown(NOTEBOOKS / "index.ipynb", picture), lambda target: f"nbs/{target}")
-    return note + re.sub(r"(?<=\]\(|[ (]\")\.\./", "", text)  # nbs/ lies one folder below README.md
+    text = outside_code(text, lambda piece: TARGET.sub(link, piece))
+    return re.sub(r"\[([^\[\]]+)\]\(repository:([^)]+)\)", r"\1 (`\2`)", text)
 
 
 def linked(text, names, depth):
@@ -102,9 +153,14 @@ def linked(text, names, depth):
     return "".join(b if i % 2 else re.sub(r"(?<![\[`])`(\w+)`(?![\]`])", link, b) for i, b in enumerate(blocks))
 
 
-def notebook_page(path, pages, names):
-    "The page of one notebook in `pages`, its pictures beside it; `names` are those that have a reference."
-    page = (pages / path.relative_to(NOTEBOOKS)).with_suffix(".md")
+def write_page(page, text):
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(outside_code(text, mathml).rstrip() + "\n", encoding="utf-8")
+
+
+def notebook_page(path, place, names):
+    "The page of one notebook, its pictures beside it; what is published of it comes before its code."
+    page = PAGES / place[path]
     page.parent.mkdir(parents=True, exist_ok=True)
 
     def picture(extension, content):
@@ -112,21 +168,15 @@ def notebook_page(path, pages, names):
         (page.parent / name).write_bytes(content)
         return name
 
-    text = relink(notebook_markdown(path, picture), lambda target: target.removesuffix("ipynb") + "md")
-    depth = len(page.relative_to(pages).parts) - 1
-    text = outside_code(text, lambda piece: in_repository(to_published(mathml(piece), depth)))
-    page.write_text(linked(text, names, depth), encoding="utf-8")
-
-
-def to_published(text, depth):
-    "Links to what is published as links to its pages, from a page that lies so many folders deep."
-    return re.sub(r"(?<=\]\()(?:\.\./)+outputs/published/(\w+)/(?:(claims)\.md)?(?=\))",
-                  lambda m: f"{'../' * depth}published/{'_'.join(filter(None, m.groups()))}.md", text)
-
-
-def in_repository(text):
-    "Links to other files that lie outside nbs/ as plain code: the site does not carry them."
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+([^)]+)\)", r"\1 (`\2`)", text)
+    title, *parts = (placed(part, path.parent, page, place) for part in notebook_parts(path, picture))
+    files = [file for file in place if place[file] == place[path] and file != path]
+    results = {file.relative_to(PUBLISHED).parts[0]: file for file in files}  # claims.md over tables/claims.md
+    if results:
+        parts = ["## The notebook", *map(lowered, parts)]
+    for scale, file in reversed(results.items()):
+        text = re.sub(r"\A# .*", f"# Published, scale {scale}", file.read_text(encoding="utf-8"))
+        parts.insert(0, lowered(placed(text, file.parent, page, place)))
+    write_page(page, linked("\n\n".join([title, *parts]), names, len(place[path].parts) - 1))
 
 
 def reference_entry(value):
@@ -138,7 +188,7 @@ def reference_entry(value):
     return re.sub(r"\A---\s+(\[source\].*\n)?", "", entry).strip()
 
 
-def reference_page(module, names, pages):
+def reference_page(module, names):
     "The reference page of a module: signature, docments and docstring of each public name. Returns these names."
     def public(name):
         value = module
@@ -149,46 +199,63 @@ def reference_page(module, names, pages):
         return value if value.__doc__ and callable(value) else None
 
     documented = {name: value for name in names if (value := public(name))}
-    parts = [f"# {module.__name__}"]
-    for value in documented.values():
-        parts.append(reference_entry(value))
-    page = pages / "reference" / f"{module.__name__.partition('.')[2]}.md"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(mathml("\n\n".join(parts) + "\n"), encoding="utf-8")
+    parts = [f"# {module.__name__}", *map(reference_entry, documented.values())]
+    write_page(PAGES / "reference" / f"{module.__name__.partition('.')[2]}.md", "\n\n".join(parts))
     return documented.keys()
 
 
-def published_page(folder, pages):
-    "The page of a published scale: its tables, then the figures that no table shows; its claims are a page of their own."
-    target = pages / "published"
-    target.mkdir(parents=True, exist_ok=True)
-    parts = [f"# Published results: {folder.name}"]
-    for table in sorted(folder.glob("tables/*.md")):
-        text = re.sub(r"^#", "##", table.read_text(encoding="utf-8"), flags=re.M).strip()
-        parts.append(text.replace("](../figures/", f"]({folder.name}_").replace("](../claims.md)", f"]({folder.name}_claims.md)"))
-    if (folder / "claims.md").exists():
-        shutil.copy(folder / "claims.md", target / f"{folder.name}_claims.md")
-    for figure in sorted(folder.glob("figures/*.png")):
-        name = f"{folder.name}_{figure.name}"
-        shutil.copy(figure, target / name)
-        if not any(f"]({name})" in part for part in parts):
-            parts.append(f"## {figure.stem.replace('_', ' ').capitalize()}\n\n![]({name})")
-    (target / f"{folder.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+def rank(path):
+    "Where a page stands in its tab: the front page, the claims, the tables, the figures, the rest."
+    return [not path.stem.startswith(kind) for kind in ("index", "claims", "table", "figure")], path.stem
 
 
-def write_pages(pages):
+def published_page(folder, place):
+    "The page of a published scale: the count of its claims, and a line that leads to each table and figure."
+    page = PAGES / place[folder]
+    parts = [f"# Published results, scale {folder.name}", "## Tables and figures"]
+    for table in sorted(folder.glob("tables/*.md"), key=rank):
+        title = notebook_parts(NOTEBOOKS / "paper" / f"{table.stem}.ipynb", None)[0]
+        heading, purpose = re.match(r"# (.*)\n+> (.*)", title).groups()
+        parts.append(f"- [{heading}](../paper/{table.name}): {purpose}")
+    claims = folder / "tables" / "claims.md"
+    if claims.exists():
+        parts.insert(1, lowered(placed(claims.read_text(encoding="utf-8"), claims.parent, page, place)))
+    write_page(page, "\n\n".join(parts))
+
+
+def navigation():
+    "The tabs of the site, each with its pages in order."
+    def pages(folder):
+        return [str(path.relative_to(PAGES)) for path in sorted(PAGES.glob(f"{folder}/*.md"), key=rank)]
+
+    return [{"Notebooks": pages(".")}, {"Results": pages("published") + pages("paper")}, {"Runs": pages("runs")},
+            {"Reference": pages("reference")}]
+
+
+def write_pages():
     "All pages of the site, as Markdown."
-    shutil.rmtree(pages, ignore_errors=True)
-    names = {}
+    shutil.rmtree(PAGES, ignore_errors=True)
+    names, place = {}, places()
     for module, symbols in import_module("heed_nb._modidx").d["syms"].items():
         own = [name.removeprefix(f"{module}.") for name in symbols]
-        for name in reference_page(import_module(module), own, pages):
+        for name in reference_page(import_module(module), own):
             names[name] = module.partition(".")[2]
-    for path in sorted(NOTEBOOKS.rglob("*.ipynb")):
-        if ".ipynb_checkpoints" not in path.parts:
-            notebook_page(path, pages, names)
-    for folder in sorted((ROOT / "outputs" / "published").glob("*/tables")):
-        published_page(folder.parent, pages)
+    for path in place:
+        if path.suffix == ".ipynb":
+            notebook_page(path, place, names)
+        elif path.is_dir():
+            published_page(path, place)
+
+
+def readme():
+    "README.md's text, from nbs/index.ipynb."
+    def picture(extension, content):
+        raise ValueError("nbs/index.ipynb has a picture as an output; README.md can only show pictures that are files")
+
+    note = "<!-- made from nbs/index.ipynb by `make readme` -->\n\n"
+    text = "\n\n".join(notebook_parts(NOTEBOOKS / "index.ipynb", picture)) + "\n"
+    text = outside_code(text, lambda piece: re.sub(r"(?<=\]\()(?!\w+:)([^)#\s]+\.ipynb)", r"nbs/\1", piece))
+    return note + re.sub(r"(?<=\]\(|[ (=]\")\.\./", "", text)  # nbs/ lies one folder below README.md
 
 
 def main():
@@ -199,10 +266,11 @@ def main():
     if arguments.readme:
         (ROOT / "README.md").write_text(readme(), encoding="utf-8")
         return
-    pages = ROOT / "_proc"
-    write_pages(pages)
+    write_pages()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(arguments.site.resolve()), strict=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(arguments.site.resolve()), strict=True,
+                         nav=navigation(), repo_url=project.get("urls", {}).get("Repository"))
     build(config)
     print(f"{arguments.site / 'index.html'}: {len(list(arguments.site.rglob('*.html')))} pages")
 

@@ -1,16 +1,22 @@
 "The project's own files: what is generated is current, what is declared is true, what is shipped is whole."
 import ast
+import builtins
+import html
+import importlib.util
 import re
 import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from nbformat import v4
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -193,9 +199,140 @@ for name in sys.argv[2:]:
     run("-c", code, str(site), "_modidx", *modules(), cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"})
 
 
-def test_docs_build(tmp_path):
-    run("docs/build.py", "--site", str(tmp_path / "site"), cwd=ROOT)
-    for path in NOTEBOOKS:
-        page = (tmp_path / "site" / path.relative_to(ROOT / "nbs")).with_suffix(".html")
-        title = next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown").splitlines()[0].strip("# ")
-        assert re.sub(r"\W+", "", title) in re.sub(r"<[^>]+>|\W+", "", page.read_text(encoding="utf-8"))
+@pytest.fixture(scope="session")
+def builder():
+    "docs/build.py as a module."
+    spec = importlib.util.spec_from_file_location("site_builder", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("text, tags", [
+    ("$x$ begins a paragraph", "p span math"),
+    ("$x$", "p span math"),
+    ("$x$ begins a line\n$y$ begins another", "p span math span math"),
+    ("- $x$ begins an item", "ul li span math"),
+    ("- an item\n\n    $$x$$\n\n    goes on", "ul li p p span math p"),
+    ("> $x$ begins a quotation", "blockquote p span math"),
+    ("| a |\n|---|\n| $x$ |", "table thead tr th tbody tr td span math"),
+    ("## $x$ begins a heading", "h2 span math a"),
+    ("before\n$$x \\tag{1}$$\nafter", "p span math"),
+    ("$a\n+ b$ on two lines", "p span math"),
+    ("it costs $5, or $6 or 7\\$", "p"),
+    ("`$x$` is code", "p code"),
+    ("![$x$ of $y$](a.png)", "p img"),
+    ("| a |\n|---|\n| Σ_ℓ ‖r̂_{ℓ,p} − r_{ℓ,p}‖², S*,p or S*,q |", "table thead tr th tbody tr td"),
+    ("*a* and _b_, **c** and __d__, e_f_g", "p em em strong strong"),
+])
+def test_markdown_of_the_site(text, tags, builder, tmp_path):
+    config = builder.load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(tmp_path))
+    file = File("a.md", str(tmp_path), str(tmp_path), use_directory_urls=False)
+    page = Page(None, file, config)
+    page.markdown = builder.outside_code(text, builder.mathml)
+    page.render(config, Files([file]))
+    inside = r"m(?:row|i|o|n|sub|sup|text|space|style|frac|over)"
+    found = [tag for tag in re.findall(r"<(\w+)", page.content) if not re.fullmatch(inside, tag)]
+    assert " ".join(found) == tags, page.content
+
+
+@pytest.mark.parametrize("cells, folded", [
+    (["#| hide\nimport math", "math.pi"], [0]),
+    (["#| echo: false\nimport os.path", "os.sep"], [0]),
+    (["#| hide\na = 1", "#| hide\nb = a", "#| hide\nc = b", "b"], [0, 1]),
+    (["#| hide\ndef f(): return 1", "def g(x: int = 0): return [f() for _ in range(x)]"], [0]),
+    (["#| hide\na = 1", "class A:\n    b = a"], [0]),
+    (["#| hide\na = 1", "a += 1"], [0]),
+    (["#| hide\na = 1", "a = 2", "a"], []),
+    (["a = 1", "#| hide\na = 2", "a"], [1]),
+    (["a = 1", "a", "#| hide\na = 2"], []),
+    (["#| hide\na = 1", "[a for a in range(3)]", "def f(a): return a", "for a in range(3): a"], []),
+    (["#| hide\na = 1", "[a for b in range(3) if (a := b)]"], []),
+])
+def test_hidden_cells_that_shown_ones_need(cells, folded, builder, tmp_path):
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells]), tmp_path / "a.ipynb")
+    setup = [part for part in builder.notebook_parts(tmp_path / "a.ipynb", None) if "<details" in part]
+    assert [re.search(r"```python\n(.*)\n```", part)[1] for part in setup] == [cells[i].splitlines()[1] for i in folded]
+
+
+@pytest.mark.parametrize("directive", ["", "#| fig-alt:\n", "#| fig-alt: A line\n"])
+def test_a_picture_needs_a_text(directive, builder, tmp_path):
+    output = v4.new_output("display_data", {"image/svg+xml": "<svg/>"})
+    cell = v4.new_code_cell(directive + "plot()", outputs=[output])
+    nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "a.ipynb")
+    if "line" in directive:
+        assert builder.notebook_parts(tmp_path / "a.ipynb", lambda *_: "a.svg")[0].endswith("![A line](a.svg)")
+    else:
+        with pytest.raises(ValueError, match="a.ipynb: .*fig-alt"):
+            builder.notebook_parts(tmp_path / "a.ipynb", lambda *_: "a.svg")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site") / "site"
+    run("docs/build.py", "--site", str(folder), cwd=ROOT)
+    return folder
+
+
+def article(page):
+    "What a page says, without its navigation."
+    return re.search(r"<article.*?</article>", page.read_text(encoding="utf-8"), re.S)[0]
+
+
+def without(tags, page):
+    return re.sub(rf"<({tags})\b.*?</\1>", "", page, flags=re.S)
+
+
+def plain(page):
+    "The text of a page."
+    return html.unescape(re.sub(r"<[^>]+>", "", page))
+
+
+def test_pages_of_the_site(site):
+    faults = []
+    for path in set(site.rglob("*.html")) - {site / "404.html"}:
+        whole, page = path.read_text(encoding="utf-8"), article(path)
+        checks = {
+            "has one title": page.count("<h1") == 1,
+            "says what pictures show": all('alt=""' not in i and "alt=" in i for i in re.findall(r"<img[^>]*>", page)),
+            "keeps formulas in their sentences": "<math" not in without(r"p|li|td|th|h\d|summary", page),
+            "shows no LaTeX": not re.search(r"\$\\|\\[a-z]{2}|\$\w+\$", plain(without("pre|code", page))),
+            "lets wide tables scroll": not re.search(r"<table[^>]* class=", page),
+            "needs no network": not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="https?:', whole),
+            "can be searched when opened as a file": "iframe-worker.js" in whole,
+            "leads to the next": "md-footer__link" in whole,
+            "has a switch of colours": whole.count('name="__palette"') == 3,
+        }
+        faults += [f"{path.relative_to(site)}: not true that it {what}" for what, holds in checks.items() if not holds]
+    assert not faults
+    assert (site / "search" / "search_index.js").exists()
+
+
+@notebooks
+def test_page_of_a_notebook(path, site, builder):
+    page = article((site / path.relative_to(ROOT / "nbs")).with_suffix(".html"))
+    title = next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown").splitlines()[0].strip("# ")
+    assert re.sub(r"\W+", "", title) in re.sub(r"\W+", "", plain(page))
+
+    blocks = re.findall(r'<div class="language-python highlight">.*?<code>(.*?)</code>', page, re.S)
+    code = "\n".join(map(plain, blocks))
+    modules = map(import_module, re.findall(r"^from (\S+) import \*", code, re.M))
+    stars = {name for module in modules for name in module.__all__}
+    known = stars | vars(builtins).keys() | {"display", "__annotations__"}
+    unknown = builder.names_of(compile(code, path.name, "exec"))[1] - known
+    assert blocks and not unknown, "names that the page does not show"
+
+    published = ROOT / "outputs" / "published"
+    for file in (*published.glob(f"*/tables/{path.stem}.md"), *published.glob(f"*/{path.stem}.md")):
+        text = file.read_text(encoding="utf-8")
+        for tag, markup in (("<table", r"^\|[ :|-]+\|$"), ("<img", r"!\["), ("<strong>", r"\*\*(?:not )?reproduced")):
+            assert page.count(tag) >= len(re.findall(markup, text, re.M)), f"{file} is not on the page"
+    for picture in re.findall(r'<img[^>]* src="([^"]+)"', page):
+        assert (site / path.relative_to(ROOT / "nbs").parent / picture).exists()
+
+
+def test_page_of_a_published_scale(site):
+    for scale in (ROOT / "outputs" / "published").iterdir():
+        page = article(site / "published" / f"{scale.name}.html")
+        links = re.findall(r'href="\.\./paper/(\w+)\.html"', page)
+        assert set(links) == {path.stem for path in scale.glob("tables/*.md")} and page.count("<table") <= 1
