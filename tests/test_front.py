@@ -1,9 +1,21 @@
-"The front page is short and its links lead somewhere."
+"The front page is short, its links lead somewhere, and its ten lines of Python run."
+import json
 import re
 from pathlib import Path
 
+import pytest
+
+import tiny
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+
+
+def block(language):
+    "The front page's only code block in a language."
+    (code,) = [text for name, text in BLOCKS if name == language]
+    return code
 
 
 def test_front_page_is_short_and_has_one_title():
@@ -21,3 +33,25 @@ def test_links_of_the_front_page_lead_to_files_and_to_every_notebook():
 def test_front_page_names_the_families():
     for path in (ROOT / "heed_nb" / "configs").glob("*.json"):
         assert path.stem.removesuffix("-8b") in README.lower()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ten_lines_convert_distil_and_evaluate(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.teacher("qwen3_vl").save_pretrained("path/to/model")
+    tiny.processor("qwen3_vl").save_pretrained("path/to/model")
+    row = json.loads(block("json"))
+    for name in row["images"]:
+        tiny.page(64, 48).save(name)
+    for name in ("train.jsonl", "held_out.jsonl"):
+        Path(name).write_text(4 * (json.dumps(row) + "\n"))
+
+    code, budgets = re.subn(r"token_budget=[\d_]+", "token_budget=2000", block("python"))
+    assert budgets == 1 and len(code.strip().splitlines()) <= 11
+    exec(code, {})
+    scores = eval(capsys.readouterr().out.strip().splitlines()[-1])
+    assert scores and all(0 <= score <= 100 for score in scores.values())
+
+    from transformers import AutoModelForImageTextToText  # the student is found once heed_nb is imported
+    (loading,) = re.findall(r"`(AutoModelForImageTextToText[^`]+)`", README)
+    assert eval(loading).config.text_config.layer_types.count("linear_attention") == 3
