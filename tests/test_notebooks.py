@@ -3,15 +3,19 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import matplotlib.image
 import nbformat
+import numpy as np
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import Markdown
 from traitlets.config import Config
 
 import heed_nb.evaluate, heed_nb.trainer  # noqa: F401, E401: brought here once, every notebook begins with them loaded
 
-NAMES = sorted(p.name for p in (Path(__file__).resolve().parent.parent / "nbs").glob("*.ipynb"))
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
+NAMES = sorted(p.name for p in NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +30,16 @@ def run(path):
     shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
-            shell.run_cell(cell.source).raise_error()
+            done = shell.run_cell(cell.source)
+            done.raise_error()
+            if isinstance(done.result, Markdown):  # the front page's sentences and tables
+                assert cell.outputs[-1].data["text/markdown"] == done.result.data, f"run nbs/{path.name}, then make readme"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, copy):
     before = {p for p in copy.rglob("*") if "__pycache__" not in p.parts}
+    pictures = {p: p.stat().st_mtime_ns for p in (copy / "nbs" / "images").iterdir()}
     process = multiprocessing.get_context("fork").Process(target=run, args=(copy / "nbs" / name,))
     process.start()
     process.join(300)
@@ -39,3 +47,6 @@ def test_notebook_runs(name, copy):
     assert process.exitcode == 0, f"{name} fails or takes more than 300 s"
     left = {p for p in copy.rglob("*") if "__pycache__" not in p.parts} - before
     assert not left, f"{name} leaves {sorted(str(p.relative_to(copy)) for p in left)}"
+    for picture in (p for p, time in pictures.items() if p.stat().st_mtime_ns != time):  # drawn again
+        drawn, committed = (matplotlib.image.imread(path) for path in (picture, NOTEBOOKS / "images" / picture.name))
+        np.testing.assert_allclose(drawn, committed, atol=4 / 255, err_msg=f"run nbs/{name}; it changes {picture.name}")

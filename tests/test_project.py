@@ -101,7 +101,7 @@ def test_environment_and_makefile_install_the_same():
 
 def test_lmms_eval_has_one_version():
     mentioned = {name: set(re.findall(r"lmms[-_]eval==([\d.]+\d)", (ROOT / name).read_text(encoding="utf-8")))
-                 for name in ("Makefile", "README.md", "settings.ini")}
+                 for name in ("Makefile", "CONTRIBUTING.md", "settings.ini")}
     assert all(versions == {metadata.version("lmms-eval")} for versions in mentioned.values()), mentioned
 
 
@@ -110,7 +110,8 @@ def modules():
     numbers = {}
     for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
         exported = re.search(r"^#\| *default_exp +(\S+)", "\n".join(c.source for c in nbformat.read(path, 4).cells), re.M)
-        numbers[exported[1]] = int(path.name[:2])
+        if exported:  # the tour exports nothing
+            numbers[exported[1]] = int(path.name[:2])
     return numbers
 
 
