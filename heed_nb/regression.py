@@ -34,7 +34,7 @@ from heed_nb.drift import (
     token_measures,
     token_table,
 )
-from .fisher import density_correlations, layer_correlations
+from .sensitivity import density_correlations, layer_correlations
 from .trainer import replaced_indices
 
 # %% ../nbs/54_regression.ipynb #c005

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from heed_nb.batch import run_notebook
 from heed_nb.data import Sample, collate
 from heed_nb.drift import (COLUMNS, answer_importance, answer_score, attention_concentration, decile_groups, decile_means,
-                            density_deciles, hide, one_by_one, predicts_answer, token_measures, token_table)
+                            density_deciles, hide, one_by_one, token_measures, token_table)
 from heed_nb.hybrid import to_hybrid
-from heed_nb.losses import record_outputs
+from heed_nb.losses import predicts_answer, record_outputs
 from heed_nb.regression import (CORRELATIONS, ImageMoments, bootstrap_counts, correlation_summary, decile_curve, diagnose, interval,
                                  regress)
 from heed_nb.results import read_run
