@@ -13,16 +13,15 @@ from types import ModuleType
 import yaml
 
 # %% auto #0
-__all__ = ['ALIGNMENTS', 'WEIGHTS', 'DISTANCES', 'EQ_3', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS',
-           'FINE_GRAINED', 'REASONING', 'REGIMES', 'TASKS', 'PRECISIONS', 'SPEED_ONLY', 'INITS', 'DATA', 'DTYPES',
-           'SCALE_KEYS', 'SECTION_KEYS', 'Condition', 'get_condition', 'differing', 'recipe_table', 'alignment_table',
-           'Benchmark', 'checked', 'TrainSettings', 'Scale', 'scales_folder', 'merged', 'all_teachers', 'check_keys',
-           'load_scale', 'check_parameters']
+__all__ = ['ALIGNMENTS', 'WEIGHTS', 'EQ_3', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED',
+           'REASONING', 'REGIMES', 'TASKS', 'PRECISIONS', 'SPEED_ONLY', 'INITS', 'DATA', 'DTYPES', 'SCALE_KEYS',
+           'SECTION_KEYS', 'Condition', 'get_condition', 'differing', 'recipe_table', 'alignment_table', 'Benchmark',
+           'checked', 'TrainSettings', 'Scale', 'scales_folder', 'merged', 'all_teachers', 'check_keys', 'load_scale',
+           'check_parameters']
 
 # %% ../nbs/00_conditions.ipynb #c005
 ALIGNMENTS = (None, "head_output", "attention_output", "residual")
 WEIGHTS = ("uniform", "density", "text_boost", "shuffled", "mask", "random_mask", "gradient", "layer_gradient", "single_layer_gradient")
-DISTANCES = ("squared", "norm", "frobenius")
 EQ_3 = ("density", "text_boost", "shuffled")  # the weights that tau and beta make
 
 
@@ -51,8 +50,6 @@ class Condition:
             raise ValueError(f"unknown alignment {self.alignment!r}; one of {', '.join(map(str, ALIGNMENTS))}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"unknown weights {self.weights!r}; one of {', '.join(WEIGHTS)}")
-        if self.distance not in DISTANCES:
-            raise ValueError(f"unknown distance {self.distance!r}; one of {', '.join(DISTANCES)}")
         if not 0 <= self.mask_share <= 1 or ("mask" in self.weights) != (self.mask_share > 0):
             raise ValueError(f"mask_share is {self.mask_share} with the weights {self.weights!r}; a mask takes a share above 0 and at most 1, other weights 0")
         for name in ("tau", "text_boost"):

@@ -42,9 +42,9 @@ from .conditions import CONDITIONS, SPEED_ONLY, Condition, TrainSettings
 from .density import position_weights
 from .density_cache import DensityCache, build, density_key, image_keys
 from .files import save_parts, sync, write_file
-from .fisher import answer_risk, compress, expand, gradient_weights, residual_sensitivity
+from .sensitivity import compress, expand, gradient_weights, residual_sensitivity
 from .hybrid import mixer_parameters, pair_with_teacher, teacher_path, transferred_parameters, unpair
-from .losses import kd_terms, matrix_orientation, next_is_text, record_inputs, record_outputs, residual_alignment
+from .losses import answer_risk, kd_terms, matrix_orientation, next_is_text, record_inputs, record_outputs, residual_alignment
 from .teachers import Family, LanguageInputs, family_of
 
 # %% ../nbs/32_trainer.ipynb #c005

@@ -11,7 +11,7 @@ from scipy import stats
 from test_results import notebook
 
 from heed_nb.conditions import BENCHMARKS, CONDITIONS, Scale, load_scale
-from heed_nb.diagnose import CORRELATIONS
+from heed_nb.regression import CORRELATIONS
 from heed_nb.results import (AVERAGES, MEASURED, RULES, VERDICTS, Measured, claim_verdict, claims, claims_markdown, paper_claims, paper_value, publish, read_run, run_name,
                              student_t)
 

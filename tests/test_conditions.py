@@ -33,7 +33,6 @@ def test_table_10_is_the_papers():
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(distance="l1"), "unknown distance 'l1'; one of squared, norm, frobenius"),
     (dict(weights="mask"), "mask_share is 0.0 with the weights 'mask'"),
     (dict(weights="random_mask", mask_share=1.5), "mask_share is 1.5"),
     (dict(weights="density", mask_share=0.1), "mask_share is 0.1 with the weights 'density'"),

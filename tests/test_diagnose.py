@@ -15,11 +15,12 @@ from torch.testing import assert_close
 
 from heed_nb.batch import run_notebook
 from heed_nb.data import Sample, collate
-from heed_nb.diagnose import (COLUMNS, CORRELATIONS, ImageMoments, answer_importance, answer_score, attention_concentration, bootstrap_counts,
-                              correlation_summary, decile_curve, decile_groups, decile_means, density_deciles, diagnose, hide, interval, one_by_one,
-                              predicts_answer, token_measures, token_table)
+from heed_nb.drift import (COLUMNS, answer_importance, answer_score, attention_concentration, decile_groups, decile_means,
+                            density_deciles, hide, one_by_one, token_measures, token_table)
 from heed_nb.hybrid import to_hybrid
-from heed_nb.losses import record_outputs
+from heed_nb.losses import predicts_answer, record_outputs
+from heed_nb.regression import (CORRELATIONS, ImageMoments, bootstrap_counts, correlation_summary, decile_curve, diagnose, interval,
+                                 regress)
 from heed_nb.results import read_run
 from heed_nb.teachers import family_of
 
@@ -268,7 +269,7 @@ def explained(images, names):
 
 def test_regression_and_bootstrap_are_those_of_the_rows():
     images = list(made_images())
-    fitted = moments_of(images).regression("drift", PREDICTORS, draws=60, seed=5)
+    fitted = regress(moments_of(images), "drift", PREDICTORS, draws=60, seed=5)
     resamples = [images, *([images[i] for i in np.repeat(np.arange(9), k)] for k in bootstrap_counts(9, 60, seed=5))]
     r2 = np.array([explained(resample, PREDICTORS) for resample in resamples])
     unique = r2[:, None] - np.array([[explained(resample, [p for p in PREDICTORS if p != name]) for name in PREDICTORS] for resample in resamples])
@@ -283,7 +284,7 @@ def test_regression_is_statsmodels():
     table = {name: np.concatenate([image[name] for image in images]) for name in images[0]}
     z = {name: (column - column.mean()) / column.std() for name, column in table.items()}
     def ols(names): return sm.OLS(z["drift"], sm.add_constant(np.stack([z[name] for name in names], 1))).fit()
-    whole, fitted = ols(PREDICTORS), moments_of(images).regression("drift", PREDICTORS)
+    whole, fitted = ols(PREDICTORS), regress(moments_of(images), "drift", PREDICTORS)
     np.testing.assert_allclose([fitted["predictors"][name]["coefficient"]["value"] for name in PREDICTORS], whole.params[1:], rtol=1e-9)
     np.testing.assert_allclose([fitted["predictors"][name]["semi_partial"]["value"] for name in PREDICTORS],
                                [whole.rsquared - ols([p for p in PREDICTORS if p != name]).rsquared for name in PREDICTORS], rtol=1e-9, atol=1e-12)
@@ -292,14 +293,14 @@ def test_regression_is_statsmodels():
 def test_regression_depends_on_no_unit_origin_or_order():
     images = list(made_images())
     moved = [image | dict(density=1e4 + 0.1 * image["density"], drift=-1e3 - 20 * image["drift"]) for image in images]
-    first, second = (moments_of(i).regression("drift", names, seed=1)["predictors"] for i, names in ((images, PREDICTORS), (moved, PREDICTORS[::-1])))
+    first, second = (regress(moments_of(i), "drift", names, seed=1)["predictors"] for i, names in ((images, PREDICTORS), (moved, PREDICTORS[::-1])))
     for name in PREDICTORS:
         np.testing.assert_allclose(list(second[name]["semi_partial"].values()), list(first[name]["semi_partial"].values()), rtol=1e-6, atol=1e-9)
 
 
 def test_interval_narrows_with_images_and_covers():
-    truth = moments_of(made_images(400, seed=100)).regression("drift", PREDICTORS)["predictors"]["density"]["semi_partial"]
-    few = [moments_of(made_images(20, seed=s)).regression("drift", PREDICTORS)["predictors"]["density"]["semi_partial"] for s in range(40)]
+    truth = regress(moments_of(made_images(400, seed=100)), "drift", PREDICTORS)["predictors"]["density"]["semi_partial"]
+    few = [regress(moments_of(made_images(20, seed=s)), "drift", PREDICTORS)["predictors"]["density"]["semi_partial"] for s in range(40)]
     assert truth["high"] - truth["low"] < 0.4 * np.mean([f["high"] - f["low"] for f in few])
     assert sum(f["low"] <= truth["value"] <= f["high"] for f in few) >= 32  # 95 % of 40 is 38; percentile intervals of 20 images fall short of it
 
@@ -312,13 +313,13 @@ def test_interval_narrows_with_images_and_covers():
     (dict(attention=lambda image: np.full_like(image["depth"], np.inf)), "image 0 has NaN or infinity in attention")])
 def test_columns_that_can_not_be_fitted_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        moments_of(image | {name: f(image) for name, f in change.items()} for image in made_images()).regression("drift", PREDICTORS)
+        regress(moments_of(image | {name: f(image) for name, f in change.items()} for image in made_images()), "drift", PREDICTORS)
 
 
 def test_a_resample_without_variation_is_an_error():
     images = [image | dict(visual=0 * image["visual"] + (i == 0)) for i, image in enumerate(made_images())]  # one image alone has visual tokens
     with pytest.raises(ValueError, match="visual is the same in every row of a resample"):
-        moments_of(images).regression("drift", PREDICTORS)
+        regress(moments_of(images), "drift", PREDICTORS)
 
 
 @pytest.mark.parametrize("draws, needed", [(1000, 7), (10, 3), (10_000, 9)])

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from heed_nb.conditions import DISTANCES
-from heed_nb.losses import kd_terms, matrix_orientation, next_is_text, record_inputs, record_outputs, residual_alignment
+from heed_nb.losses import DISTANCES, kd_terms, matrix_orientation, next_is_text, record_inputs, record_outputs, residual_alignment
 
 
 def eq_5(student, teacher, weights):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import tiny
-from heed_nb.fisher import answer_risk, density_correlations, gradient_weights, layer_correlations, residual_sensitivity, spearman
+from heed_nb.losses import answer_risk
+from heed_nb.sensitivity import density_correlations, gradient_weights, layer_correlations, residual_sensitivity, spearman
 from heed_nb.losses import record_outputs
 from heed_nb.teachers import family_of
 
