@@ -12,7 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_g
 import heed_nb.gated_delta
 from heed_nb.gated_delta import gated_delta, gated_delta_reference, gated_delta_step
 from heed_nb.ssd import ssd_reference
-from test_ssd import CUTS, DERIVATIVES, LOG_DECAYS, SHAPES, same_derivatives
+from test_ssd import CUTS, DERIVATIVES, LOG_DECAYS, SHAPES, exports_at_any_length, same_derivatives
 
 torch.set_num_threads(1)
 
@@ -199,6 +199,9 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(gated_delta, backend="aot_eager", fullgraph=True)
     for ours, eager in zip(outputs_and_gradients(compiled, args, chunk_size=16), outputs_and_gradients(gated_delta, args, chunk_size=16)):
         assert_close(ours, eager, atol=1e-5, rtol=1e-4)
+
+def test_exports_at_any_length():
+    exports_at_any_length(gated_delta, gated_delta_reference, lambda length, batch: inputs(length, 4, 2, 4, 6, batch=batch)[:5])
 
 def test_operators_are_what_they_declare():
     torch.library.opcheck(torch.ops.heed_nb.gated_delta_chunks, (*(v.requires_grad_() for v in inputs(12, 4, 2, 4, 6)), 4, True))

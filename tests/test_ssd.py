@@ -268,6 +268,26 @@ def test_compiles_as_one_graph():
         args = inputs(length, 2, 1, 4, 4)
         for ours, eager in zip(outputs_and_gradients(compiled, args), outputs_and_gradients(ssd, args)): assert_close(ours, eager, atol=1e-4, rtol=1e-4)
 
+class Module(torch.nn.Module):
+    "What `torch.export` takes."
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args): return self.f(*args, return_final_state=True)
+
+def exports_at_any_length(f, reference, inputs):
+    "inputs(length, batch) are f's, all but the tensors of one dimension with the two in front."
+    sizes = {0: torch.export.Dim("batch", min=1, max=9), 1: torch.export.Dim("length", min=1, max=300)}
+    example = inputs(40, 2)
+    program = torch.export.export(Module(f), example, dynamic_shapes=(tuple({} if v.ndim == 1 else sizes for v in example),)).module()
+    for length, batch in ((1, 2), (5, 1), (32, 2), (33, 3), (200, 2)):
+        args = inputs(length, batch)
+        for ours, theirs in zip(program(*args), reference(*args, return_final_state=True)): assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+def test_exports_at_any_length():
+    exports_at_any_length(ssd, ssd_reference, lambda length, batch: inputs(length, 4, 2, 4, 6, batch=batch)[:5])
+
 def test_operators_are_what_they_declare():
     x, dt, A, B, C, D, state = inputs(12, 4, 2, 4, 6)
     torch.library.opcheck(torch.ops.heed_nb.ssd_chunks, (*(v.requires_grad_() for v in (x, dt, A, B, C, state)), 4, True))
