@@ -12,7 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_g
 import heed_nb.gated_delta
 from heed_nb.gated_delta import gated_delta, gated_delta_reference, gated_delta_step
 from heed_nb.ssd import ssd_reference
-from test_ssd import CUTS, SHAPES
+from test_ssd import CUTS, DERIVATIVES, LOG_DECAYS, SHAPES, exports_at_any_length, same_derivatives
 
 torch.set_num_threads(1)
 
@@ -29,7 +29,7 @@ def outputs_and_gradients(f, args, **kwargs):
     leaves = [None if v is None else v.detach().clone().requires_grad_() for v in args]
     y, final = f(*leaves[:5], initial_state=leaves[5], return_final_state=True, **kwargs)
     weights = torch.linspace(-1, 1, y.numel()).view_as(y), torch.linspace(1, -1, final.numel()).view_as(final)
-    ((y.float() * weights[0]).sum() + (final * weights[1]).sum()).backward()
+    ((y.to(final.dtype) * weights[0]).sum() + (final * weights[1]).sum()).backward()
     return [y, final] + [v.grad for v in leaves if v is not None]
 
 @pytest.mark.parametrize("initial_state", [False, True], ids=["zeros", "initial state"])
@@ -73,6 +73,11 @@ def test_gradient_in_float64(chunk):
     args = [v.requires_grad_() for v in inputs(7, 2, 1, 3, 2, torch.float64, batch=1)]
     f = lambda q, k, v, g, beta, state: gated_delta(q, k, v, g, beta, initial_state=state, return_final_state=True, chunk_size=chunk)
     assert torch.autograd.gradcheck(f, args)
+
+@pytest.mark.parametrize("ask", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_every_derivative(ask):
+    def alone(f, **kwargs): return lambda q, k, v, g, beta, state: f(q, k, v, g, beta, initial_state=state, return_final_state=True, **kwargs)
+    same_derivatives(ask, alone(gated_delta, chunk_size=3), alone(gated_delta_reference), inputs(7, 2, 1, 3, 2, torch.float64, batch=1))
 
 def test_steps_are_the_chunked_form():
     *args, state = inputs(20, 4, 2, 4, 6)
@@ -167,6 +172,14 @@ def test_extreme_decays_stay_finite(decay):
         assert ours.isfinite().all()
         assert_close(ours, reference, atol=1e-3 * max(1, reference.abs().max().item()), rtol=1e-3)
 
+@pytest.mark.parametrize("steps", LOG_DECAYS.values(), ids=LOG_DECAYS)
+def test_accuracy_does_not_depend_on_the_steps(steps):
+    q, k, v, g, beta, state = inputs(130, 4, 2, 8, 8)
+    large = torch.rand(g.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    args = q, k, v, -g * torch.where(large, *steps), beta, state
+    exact = outputs_and_gradients(gated_delta_reference, [a.double() for a in args])
+    for a, b in zip(outputs_and_gradients(gated_delta, args), exact): assert (a.double() - b).norm() < 3e-6 * b.norm()
+
 @pytest.mark.parametrize("f", [gated_delta, gated_delta_reference])
 @pytest.mark.parametrize("ends", CUTS.values(), ids=CUTS)
 def test_packed_sequences_do_not_see_each_other(f, ends):
@@ -186,6 +199,9 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(gated_delta, backend="aot_eager", fullgraph=True)
     for ours, eager in zip(outputs_and_gradients(compiled, args, chunk_size=16), outputs_and_gradients(gated_delta, args, chunk_size=16)):
         assert_close(ours, eager, atol=1e-5, rtol=1e-4)
+
+def test_exports_at_any_length():
+    exports_at_any_length(gated_delta, gated_delta_reference, lambda length, batch: inputs(length, 4, 2, 4, 6, batch=batch)[:5])
 
 def test_operators_are_what_they_declare():
     torch.library.opcheck(torch.ops.heed_nb.gated_delta_chunks, (*(v.requires_grad_() for v in inputs(12, 4, 2, 4, 6)), 4, True))
@@ -212,6 +228,12 @@ def test_fla_gets_what_it_expects(fla, dtype, initial_state):
     assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
     for a, b in zip(ours, reference): assert (a.float() - b.float()).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * b.float().norm()
     assert_close(gated_delta(*args, initial_state=state), gated_delta_reference(*args, initial_state=state))
+
+def test_fla_s_gradient_is_not_differentiated(fla):
+    *args, state = (v.requires_grad_() for v in inputs(6, 4, 2, 4, 6))
+    y = gated_delta(*args, initial_state=state).sum()
+    torch.autograd.grad(y, args[0], retain_graph=True)
+    with pytest.raises(RuntimeError, match="backend 'fla' has no second derivatives"): torch.autograd.grad(y, args[0], create_graph=True)
 
 @pytest.mark.parametrize("ends", CUTS.values(), ids=CUTS)
 def test_fla_keeps_packed_sequences_apart(fla, ends):

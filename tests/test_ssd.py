@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import func
+from torch.autograd import forward_ad
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 import heed_nb.ssd
@@ -41,7 +45,7 @@ def outputs_and_gradients(f, args, **kwargs):
     x, dt, A, B, C, D, state = leaves
     y, final = f(x, dt, A, B, C, D=D, initial_state=state, return_final_state=True, **kwargs)
     weights = torch.linspace(-1, 1, y.numel()).view_as(y), torch.linspace(1, -1, final.numel()).view_as(final)
-    ((y.float() * weights[0]).sum() + (final * weights[1]).sum()).backward()
+    ((y.to(final.dtype) * weights[0]).sum() + (final * weights[1]).sum()).backward()
     return [y, final] + [v.grad for v in leaves if v is not None]
 
 @pytest.mark.parametrize("initial_state", [False, True], ids=["zeros", "initial state"])
@@ -85,6 +89,58 @@ def test_gradient_in_float64(chunk):
     args = [v.requires_grad_() for v in inputs(7, 2, 1, 2, 3, torch.float64, batch=1)]
     f = lambda x, dt, A, B, C, D, state: ssd(x, dt, A, B, C, D=D, initial_state=state, return_final_state=True, chunk_size=chunk)
     assert torch.autograd.gradcheck(f, args)
+
+# What a derivative is asked by: each is a function of f and its inputs, which f takes in order and returns two tensors for.
+
+def double_backward(f, *args):
+    leaves = [a.clone().requires_grad_() for a in args]
+    grads = torch.autograd.grad(sum(v.sin().sum() for v in f(*leaves)), leaves, create_graph=True)
+    return grads, torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+def double_backward_of_one(f, *args):
+    return [double_backward(lambda v: f(*args[:i], v, *args[i + 1:]), a) for i, a in enumerate(args)]
+
+def tangents_of_one(f, *args):
+    tangents = []
+    for i, a in enumerate(args):
+        with forward_ad.dual_level():
+            outputs = f(*args[:i], forward_ad.make_dual(a, a.cos()), *args[i + 1:])
+            tangents += [forward_ad.unpack_dual(v).tangent if forward_ad.unpack_dual(v).tangent is not None else torch.zeros_like(v) for v in outputs]
+    return tangents
+
+def checkpointed(f, *args):
+    leaves = [a.clone().requires_grad_() for a in args]
+    sum(v.sin().sum() for v in checkpoint(f, *leaves, use_reentrant=False)).backward()
+    return [a.grad for a in leaves]
+
+def total(f): return lambda *args: sum(v.sin().sum() for v in f(*args))
+
+def every(args): return tuple(range(len(args)))
+
+DERIVATIVES = {
+    "jvp": lambda f, *args: func.jvp(f, args, tuple(a.cos() for a in args))[1],
+    "dual numbers": tangents_of_one,
+    "grad": lambda f, *args: func.grad(total(f), every(args))(*args),
+    "jacrev": lambda f, *args: func.jacrev(f, every(args))(*args),
+    "hessian": lambda f, *args: func.hessian(total(f), (1, 2))(*args),
+    "vmap": lambda f, *args: func.vmap(f)(*(torch.stack([a, 0.9 * a]) for a in args)),
+    "vmap of grad": lambda f, *args: func.vmap(func.grad(total(f), every(args)))(*(torch.stack([a, 0.9 * a]) for a in args)),
+    "batched gradients": lambda f, *args: torch.autograd.functional.jacobian(f, args, vectorize=True),
+    "double backward": double_backward,
+    "double backward of one input": double_backward_of_one,
+    "inputs that depend on each other": lambda f, *args: double_backward(lambda a: f(*(v + 0.01 * a.mean() * v for v in args)), args[0]),
+    "checkpoint": checkpointed,
+}
+
+def same_derivatives(ask, chunked, reference, args):
+    ours, theirs = (tree_leaves(ask(f, *args)) for f in (chunked, reference))
+    for a, b in zip(ours, theirs, strict=True): assert_close(a, b)
+    assert any(b.any() for b in theirs)
+
+@pytest.mark.parametrize("ask", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_every_derivative(ask):
+    def alone(f, **kwargs): return lambda x, dt, A, B, C, D, state: f(x, dt, A, B, C, D=D, initial_state=state, return_final_state=True, **kwargs)
+    same_derivatives(ask, alone(ssd, chunk_size=3), alone(ssd_reference), inputs(7, 2, 1, 2, 3, torch.float64, batch=1))
 
 def test_steps_are_the_chunked_form():
     x, dt, A, B, C, D, state = inputs(20, 4, 2, 4, 4)
@@ -165,6 +221,22 @@ def test_extreme_decays_stay_finite(decay):
         assert ours.isfinite().all()
         assert_close(ours, reference, atol=1e-3 * max(1, reference.abs().max().item()), rtol=1e-3)
 
+# what the log decay of half the positions is, and of the others
+LOG_DECAYS = {"all small": (-0.01, -0.01), "usual": (-1., -1.), "some padding": (-10., 0.), "large, padding": (-100., 0.), "large and small": (-1000., -0.01),
+              "large and minute": (-1000., -1e-6), "huge": (-1e6, -0.1)}
+
+def relative_errors(f, reference, args):
+    "Of outputs and gradients in float32 against the reference in float64; what is below 1e-25 counts as 0."
+    exact = outputs_and_gradients(reference, [v if v is None else v.double() for v in args])
+    return [((a.double() - b).norm() / (b.norm() + 1e-25)).item() for a, b in zip(outputs_and_gradients(f, args), exact)]
+
+@pytest.mark.parametrize("steps", LOG_DECAYS.values(), ids=LOG_DECAYS)
+def test_accuracy_does_not_depend_on_the_steps(steps):
+    x, dt, A, B, C, D, state = inputs(130, 4, 2, 8, 8)
+    large = torch.rand(dt.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    dt, A = dt * torch.where(large, *(-s for s in steps)), -torch.linspace(0.5, 1.5, 4)
+    assert max(relative_errors(ssd, ssd_reference, (x, dt, A, B, C, D, state))) < 3e-6
+
 CUTS = {"several": [0, 5, 24, 25, 60], "an empty one": [0, 16, 16, 30, 60], "one": [0, 60]}
 
 def each_alone(ends):
@@ -196,6 +268,26 @@ def test_compiles_as_one_graph():
         args = inputs(length, 2, 1, 4, 4)
         for ours, eager in zip(outputs_and_gradients(compiled, args), outputs_and_gradients(ssd, args)): assert_close(ours, eager, atol=1e-4, rtol=1e-4)
 
+class Module(torch.nn.Module):
+    "What `torch.export` takes."
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args): return self.f(*args, return_final_state=True)
+
+def exports_at_any_length(f, reference, inputs):
+    "inputs(length, batch) are f's, all but the tensors of one dimension with the two in front."
+    sizes = {0: torch.export.Dim("batch", min=1, max=9), 1: torch.export.Dim("length", min=1, max=300)}
+    example = inputs(40, 2)
+    program = torch.export.export(Module(f), example, dynamic_shapes=(tuple({} if v.ndim == 1 else sizes for v in example),)).module()
+    for length, batch in ((1, 2), (5, 1), (32, 2), (33, 3), (200, 2)):
+        args = inputs(length, batch)
+        for ours, theirs in zip(program(*args), reference(*args, return_final_state=True)): assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+def test_exports_at_any_length():
+    exports_at_any_length(ssd, ssd_reference, lambda length, batch: inputs(length, 4, 2, 4, 6, batch=batch)[:5])
+
 def test_operators_are_what_they_declare():
     x, dt, A, B, C, D, state = inputs(12, 4, 2, 4, 6)
     torch.library.opcheck(torch.ops.heed_nb.ssd_chunks, (*(v.requires_grad_() for v in (x, dt, A, B, C, state)), 4, True))
@@ -215,6 +307,7 @@ CHOICES = {  # what differs from HERE: the choice among ssd's kernels and among 
     "Hopper, a Triton with a wrong gradient": (dict(triton="3.6.0"), "mamba_ssm", "torch"),
     "the same without mamba-ssm": (dict(triton="3.7.0", **NO_MAMBA_SSM), "torch", "torch"),
     "the same without a gradient": (dict(triton="3.4.0", **NO_MAMBA_SSM, needs_grad=False), "fla", "fla"),
+    "a transform": (dict(transformed=True), "torch", "torch"),
     "an older Triton": (dict(triton="3.3.1", **NO_MAMBA_SSM), "fla", "fla"),
     "a later Triton": (dict(triton="3.10.0", **NO_MAMBA_SSM), "fla", "fla"),
     "a GPU that is not Hopper": (dict(triton="3.6.0", **NO_MAMBA_SSM, capability=(8, 0)), "fla", "fla"),
@@ -232,6 +325,7 @@ REFUSALS = {
     "on the CPU": ("fla", dict(device="cpu", capability=None), "needs tensors on a GPU, these are on cpu"),
     "float64": ("mamba_ssm", dict(dtype=torch.float64), "has no torch.float64"),
     "wrong gradient": ("fla", dict(triton="3.6.0"), "gradient is wrong on Hopper GPUs with Triton 3.6.0"),
+    "forward mode": ("fla", dict(transformed=True), "no forward-mode derivatives and no transforms of torch.func"),
     "unknown": ("cuda", {}, "unknown backend 'cuda'; one of auto, torch, mamba_ssm, fla"),
 }
 
@@ -313,6 +407,13 @@ def test_kernels_get_what_they_expect(kernel, dtype, initial_state):
     x, dt, A, B, C, D, state = args
     y = ssd(x, dt, A, B, C, initial_state=state)
     assert torch.is_tensor(y) and (y - ssd_reference(x, dt, A, B, C, initial_state=state)).norm() <= 1e-2 * y.norm()
+
+@pytest.mark.parametrize("output", [0, 1], ids=["y", "state"])
+def test_a_kernel_s_gradient_is_not_differentiated(kernel, output):
+    *args, state = (v.requires_grad_() for v in inputs(6, 4, 2, 4, 6))
+    value = ssd(*args[:5], D=args[5], initial_state=state, return_final_state=True)[output].sum()
+    torch.autograd.grad(value, args[0], retain_graph=True)
+    with pytest.raises(RuntimeError, match=f"backend '{kernel}' has no second derivatives"): torch.autograd.grad(value, args[0], create_graph=True)
 
 @pytest.mark.parametrize("states", [False, True], ids=["no states", "states"])
 @pytest.mark.parametrize("ends", CUTS.values(), ids=CUTS)
