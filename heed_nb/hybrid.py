@@ -28,7 +28,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 from .minicpm import MiniCPMV45Config, MiniCPMV45ForConditionalGeneration
-from .mixers import MIXERS
+from .mixers import MIXERS, has_holes
 from .ssd import _check_sequences
 from .teachers import family_class, family_of
 
@@ -137,7 +137,7 @@ class HybridTextModel(Hybrid):
         position_ids = self.decoder_positions(position_ids)
         attention_mask = self.decoder_mask(attention_mask, inputs_embeds, past_key_values, position_ids)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-                               linear_attention_mask=mask, cu_seqlens=cu_seqlens, **kwargs)
+                               linear_attention_mask=mask, padding_holes=mask is not None and has_holes(mask), cu_seqlens=cu_seqlens, **kwargs)
 
     def decoder_positions(self, position_ids):
         "The positions as the family's text model takes them."

@@ -37,7 +37,18 @@ def hybrid(teacher, **kwargs):
 
 
 def batch_of(family, samples=None, side="left"):
-    return tiny.batch_of(tiny.samples(family) if samples is None else samples, PROCESSORS[family], side)
+    "`inside`: prompts padded on the right, each with the same answer after its padding."
+    batch = tiny.batch_of(tiny.samples(family) if samples is None else samples, PROCESSORS[family], "right" if side == "inside" else side)
+    if side == "inside":
+        answer = torch.arange(40, 44).expand(len(batch["input_ids"]), -1)
+        for key, value in dict(input_ids=answer, attention_mask=torch.ones_like(answer), mm_token_type_ids=torch.zeros_like(answer)).items():
+            if key in batch: batch[key] = torch.cat([batch[key], value], 1)
+        if "image_grid_thw" not in batch: batch["position_ids"] = positions_of(batch)
+    return batch
+
+
+def positions_of(batch):
+    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -91,7 +102,7 @@ def test_query_and_key_norms_are_kept_where_there_are_any(family, mixer):
 
 # Inside transformers
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
 @torch.no_grad()
 def test_padding_equals_single_samples(case, side):
     family, student = case
@@ -99,7 +110,7 @@ def test_padding_equals_single_samples(case, side):
     batch = batch_of(family, side=side)
     logits = student(**batch).logits
     for row, mask, sample in zip(logits, batch["attention_mask"].bool(), tiny.samples(family)):
-        assert_close(row[mask], student(**batch_of(family, [sample])).logits[0], atol=5e-4, rtol=1e-3)
+        assert_close(row[mask], student(**batch_of(family, [sample], "inside" if side == "inside" else "left")).logits[0], atol=5e-4, rtol=1e-3)
     if side == "left":  # where a state that padding wrote to would show
         unmasked = student(**batch | dict(attention_mask=torch.ones_like(batch["attention_mask"]))).logits
         assert (unmasked - logits)[0, -1].abs().max() > 1e-2
@@ -116,11 +127,15 @@ def test_generation_with_a_cache_is_generation_without(case, how):
     for a, b in zip(cached.scores, plain.scores): assert_close(a, b, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("side, how", [("left", dict()), ("left", dict(num_beams=3)), ("inside", dict()), ("inside", dict(cache_implementation="static")),
+                                       ("inside", dict(use_cache=False)), ("inside", dict(prefill_chunk_size=7))], ids=str)
 @torch.no_grad()
-def test_batched_generation_equals_single_samples(case, beams):
-    (family, student), how = case, HOW | dict(num_beams=beams)
-    new = lambda samples: student.generate(**batch_of(family, samples), **how)[:, -HOW["max_new_tokens"]:]
+def test_batched_generation_equals_single_samples(case, side, how):
+    (family, student), how = case, HOW | how
+    def new(samples):
+        batch = batch_of(family, samples, side)
+        batch.pop("position_ids", None)  # generate makes its own
+        return student.generate(**batch, **how)[:, -HOW["max_new_tokens"]:]
     assert torch.equal(new(tiny.samples(family)), torch.cat([new([sample]) for sample in tiny.samples(family)]))
 
 
@@ -130,7 +145,7 @@ def test_chunked_prefill(case, size):
     "Left-padded prompts in pieces, some of which are padding alone for a row."
     family, student = case
     batch = batch_of(family, [("what is a total?", []), ("tax?", [])])
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions = positions_of(batch)
     cache, pieces = DynamicCache(config=student.config), []
     for start in range(0, 16, size):
         piece = slice(start, start + size)
@@ -203,14 +218,14 @@ def test_bad_packing(family):
     fails(r"cu_seqlens rises from 0 to 42, got \[0, 16, 19, 43\]", student, input_ids=ids, cu_seq_lens_q=torch.tensor([0, 16, 19, 43]))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
 @torch.no_grad()
 def test_a_4d_mask_is_read_or_refused(case, kind, side):
     family, student = case
     batch = batch_of(family, [("what is a total?", []), ("tax?", [])], side)
     real = batch["attention_mask"].bool()
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions = positions_of(batch)
     seen = real[:, None, None] & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
     as_kind = lambda seen: seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
     logits = lambda mask: student(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits[real]
