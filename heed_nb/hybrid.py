@@ -8,9 +8,9 @@ __all__ = ['LAYER_TYPES', 'HYBRIDS', 'HybridTextConfig', 'padding_mask', 'packed
            'HybridQwen3VLModel', 'HybridQwen3VLForConditionalGeneration', 'HybridQwen3Config', 'HybridInternVLConfig',
            'HybridQwen3Model', 'HybridInternVLModel', 'HybridInternVLForConditionalGeneration', 'HybridGlm4vTextConfig',
            'HybridGlm4vConfig', 'HybridGlm4vTextModel', 'HybridGlm4vModel', 'HybridGlm4vForConditionalGeneration',
-           'HybridQwen3ForCausalLM', 'HybridMiniCPMV45Config', 'HybridMiniCPMV45ForConditionalGeneration',
-           'kept_layers', 'hybrid_config', 'to_hybrid', 'mixer_parameters', 'transferred_parameters',
-           'pair_with_teacher', 'teacher_path', 'unpair']
+           'HybridQwen3ForCausalLM', 'HybridMiniCPMV45Config', 'HybridMiniCPMV45Model',
+           'HybridMiniCPMV45ForConditionalGeneration', 'kept_layers', 'hybrid_config', 'to_hybrid', 'mixer_parameters',
+           'transferred_parameters', 'pair_with_teacher', 'teacher_path', 'unpair']
 
 # %% ../nbs/28_hybrid.ipynb #c003
 import copy
@@ -20,14 +20,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from huggingface_hub.dataclasses import strict
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationMixin, PreTrainedConfig,
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+    AutoProcessor, AutoTokenizer, GenerationMixin, PreTrainedConfig,
+    Glm4vImageProcessorPil, GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil,
     Qwen3Config, Qwen3ForCausalLM, Qwen3Model,
     Glm4vConfig, Glm4vForConditionalGeneration, Glm4vModel, Glm4vTextConfig, Glm4vTextModel,
     InternVLConfig, InternVLForConditionalGeneration, InternVLModel,
     Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLTextConfig, Qwen3VLTextModel)
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.import_utils import is_tracing
-from .minicpm import MiniCPMV45Config, MiniCPMV45ForConditionalGeneration
+from .minicpm import (MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Model, MiniCPMVImageProcessor,
+    register_public_names)
 from .mixers import MIXERS, has_holes
 from .ssd import _check_sequences
 from .teachers import family_class, family_of
@@ -163,13 +168,17 @@ def register_hybrid(
     text_model,      # the hybrid's three classes; each has its config in `config_class`
     model,
     conditional,
+    image_processor, # the teacher's, that does without torchvision
 ) -> None:
     "Makes a family's hybrid known to `to_hybrid` and the Auto classes."
     for cls in (text_model, model):
         AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
         AutoModel.register(cls.config_class, cls, exist_ok=True)
-    AutoModelForImageTextToText.register(conditional.config_class, conditional, exist_ok=True)
-    AutoProcessor.register(conditional.config_class, family_class(conditional.config_class.model_type).processor_class, exist_ok=True)
+    config, stock = conditional.config_class, CONFIG_MAPPING[teacher]
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM): auto.register(config, conditional, exist_ok=True)
+    AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[stock], exist_ok=True)
+    AutoImageProcessor.register(config, image_processor_classes={"pil": image_processor}, exist_ok=True)
+    AutoProcessor.register(config, family_class(config.model_type).processor_class, exist_ok=True)
     HYBRIDS[teacher] = conditional
 
 # %% ../nbs/28_hybrid.ipynb #c012
@@ -193,10 +202,10 @@ class HybridQwen3VLModel(HybridModel, Qwen3VLModel):
     config: HybridQwen3VLConfig
 
 class HybridQwen3VLForConditionalGeneration(HybridModel, Qwen3VLForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridQwen3VLConfig
 
-register_hybrid("qwen3_vl", HybridQwen3VLTextModel, HybridQwen3VLModel, HybridQwen3VLForConditionalGeneration)
+register_hybrid("qwen3_vl", HybridQwen3VLTextModel, HybridQwen3VLModel, HybridQwen3VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 # %% ../nbs/28_hybrid.ipynb #c013
 @strict
@@ -223,10 +232,10 @@ class HybridInternVLModel(HybridModel, InternVLModel):
     config: HybridInternVLConfig
 
 class HybridInternVLForConditionalGeneration(HybridModel, InternVLForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridInternVLConfig
 
-register_hybrid("internvl", HybridQwen3Model, HybridInternVLModel, HybridInternVLForConditionalGeneration)
+register_hybrid("internvl", HybridQwen3Model, HybridInternVLModel, HybridInternVLForConditionalGeneration, GotOcr2ImageProcessorPil)
 
 # %% ../nbs/28_hybrid.ipynb #c014
 @strict
@@ -256,15 +265,15 @@ class HybridGlm4vModel(HybridModel, Glm4vModel):
     config: HybridGlm4vConfig
 
 class HybridGlm4vForConditionalGeneration(HybridModel, Glm4vForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridGlm4vConfig
     _expand_multimodal_outputs = GenerationMixin._expand_multimodal_outputs  # GLM's own gives the beams of a prompt its images out of order
 
-register_hybrid("glm4v", HybridGlm4vTextModel, HybridGlm4vModel, HybridGlm4vForConditionalGeneration)
+register_hybrid("glm4v", HybridGlm4vTextModel, HybridGlm4vModel, HybridGlm4vForConditionalGeneration, Glm4vImageProcessorPil)
 
 # %% ../nbs/28_hybrid.ipynb #c015
 class HybridQwen3ForCausalLM(Hybrid, Qwen3ForCausalLM):
-    "The hybrid Qwen3 with its head: `llm` of a hybrid MiniCPM-V."
+    "The hybrid Qwen3 with its head, on its own."
     config: HybridQwen3Config
 
     def __init__(self, config):
@@ -278,12 +287,18 @@ class HybridMiniCPMV45Config(MiniCPMV45Config):
     model_type = "hybrid_minicpmv"
     sub_configs_defaults = MiniCPMV45Config.sub_configs_defaults | {"text_config": HybridQwen3Config}
 
-class HybridMiniCPMV45ForConditionalGeneration(Hybrid, MiniCPMV45ForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+class HybridMiniCPMV45Model(HybridModel, MiniCPMV45Model):
+    "MiniCPM-V's tower, resampler and hybrid decoder, without the head."
+    config: HybridMiniCPMV45Config
+
+class HybridMiniCPMV45ForConditionalGeneration(HybridModel, MiniCPMV45ForConditionalGeneration):
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridMiniCPMV45Config
 
 AutoModelForCausalLM.register(HybridQwen3Config, HybridQwen3ForCausalLM, exist_ok=True)
-register_hybrid("minicpmv", HybridQwen3Model, HybridMiniCPMV45ForConditionalGeneration, HybridMiniCPMV45ForConditionalGeneration)
+AutoTokenizer.register(HybridQwen3Config, tokenizer_class=TOKENIZER_MAPPING[Qwen3Config], exist_ok=True)
+register_public_names(HybridMiniCPMV45Config.model_type)
+register_hybrid("minicpmv", HybridQwen3Model, HybridMiniCPMV45Model, HybridMiniCPMV45ForConditionalGeneration, MiniCPMVImageProcessor)
 
 # %% ../nbs/28_hybrid.ipynb #c017
 def kept_layers(

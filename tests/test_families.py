@@ -1,13 +1,20 @@
 "The hybrid of every family with every mixer inside transformers: padding, caches, chunks, disk, training; and what is refused."
+import copy
+import inspect
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, DataCollatorWithFlattening, DynamicCache
+from transformers.models.auto import image_processing_auto, modeling_auto, processing_auto, tokenization_auto
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+from transformers.utils.generic import find_labels
 
+import heed_nb
 import tiny
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import Sample, collate
@@ -84,8 +91,7 @@ def test_everything_but_the_mixers_is_the_teachers(family, mixer):
         assert p.isfinite().all(), name
     parts = [f"{p}_proj.{kind}" for p in "qkv" for kind in (("bias", "weight") if family == "glm4v" else ("weight",))] + ["o_proj.weight"]
     assert sorted(name.split("self_attn.")[1] for name in transferred if ".layers.0." in name) == sorted(parts)
-    decoder = "llm.model" if family == "minicpmv" else "model.language_model"
-    norms = set() if family == "glm4v" else {f"{decoder}.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
+    norms = set() if family == "glm4v" else {f"model.language_model.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
     assert theirs.keys() - student.state_dict().keys() == norms
 
 
@@ -235,18 +241,56 @@ def test_a_4d_mask_is_read_or_refused(case, kind, side):
     for mask in (blocks, seen.mT): fails("a 4-D attention mask is causal but for padding", logits, as_kind(mask))
 
 
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@torch.no_grad()
+def test_what_trainers_and_offloading_ask_for(family, who):
+    teacher, batch = teacher_of(family), batch_of(family)
+    model = teacher if who == "teacher" else hybrid(teacher)
+    assert find_labels(type(model)) == ["labels"]
+    logits = model(**batch).logits
+    hidden = model.base_model(**batch)
+    assert model.base_model is not model and model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
+    assert torch.equal(model.get_output_embeddings()(hidden.last_hidden_state), logits) and torch.equal(model(**batch, return_dict=False)[0], logits)
+    if family == "glm4v": return  # its tower, the library's own, reads a weight past its module
+    model = copy.deepcopy(model)
+    offloaded = cpu_offload(model, execution_device="cpu")
+    assert any(p.is_meta for p in model.parameters()) and torch.equal(offloaded(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("module", [modeling_auto, processing_auto, tokenization_auto, image_processing_auto], ids=lambda module: module.__name__.split(".")[-1])
+def test_the_auto_classes_know_a_hybrid_where_they_know_its_teacher(family, module):
+    "Of the decoder alone: without a head and with the language model's."
+    config, found = tiny.config(family), []
+    student = hybrid_config(config)
+    for name, mapping in vars(module).items():
+        if not isinstance(mapping, _LazyAutoMapping): continue
+        parts = ["text_config"] * (name in ("MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "TOKENIZER_MAPPING"))
+        for teachers, students in [(config, student), *((getattr(config, part), getattr(student, part)) for part in parts)]:
+            if type(teachers) in mapping:
+                assert type(students) in mapping, name
+                found.append(name)
+    expected = dict(modeling_auto={"MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"},
+                    processing_auto={"PROCESSOR_MAPPING"}, tokenization_auto={"TOKENIZER_MAPPING"}, image_processing_auto={"IMAGE_PROCESSOR_MAPPING"})
+    assert set(found) >= expected[module.__name__.split(".")[-1]]
+
+
 # Saving and loading
 
 LOAD = """
-import sys, torch, heed_nb.hybrid
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import sys, torch, heed_nb
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline
 how = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4])
 for folder in sys.argv[1:]:
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     texts, images = torch.load(folder + "/samples.pt", weights_only=False)
     batch = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
     with torch.no_grad(): out = dict(logits=model(**batch).logits, generated=model.generate(**batch, **how))
-    out.update(state=model.state_dict(), names=(type(model).__name__, type(processor).__name__), types=model.config.text_config.layer_types)
+    autos = AutoImageProcessor, AutoModelForMultimodalLM, AutoTokenizer
+    out.update(state=model.state_dict(), types=model.config.text_config.layer_types, names=[type(model).__name__, type(processor).__name__],
+               others=[type(auto.from_pretrained(folder)).__name__ for auto in autos])
+    chat = [dict(role="user", content=[dict(type="image", image=images[0]), dict(type="text", text="read it")])]
+    text = pipeline("image-text-to-text", model=folder)(text=chat, return_full_text=False, max_new_tokens=2, do_sample=False)[0]["generated_text"]
+    assert isinstance(text, str), text
     torch.save(out, folder + "/out.pt")
 """
 
@@ -265,13 +309,42 @@ def test_loads_in_a_new_process(tmp_path):
     subprocess.run([sys.executable, "-c", LOAD, *map(str, students)], check=True)
     for folder, (family, student) in students.items():
         loaded, batch = torch.load(folder / "out.pt"), batch_of(family)
-        assert loaded["names"] == (type(student).__name__, family_class(family).processor_class.__name__)
+        assert loaded["names"] == [type(student).__name__, family_class(family).processor_class.__name__]
+        assert loaded["others"] == [type(PROCESSORS[family].image_processor).__name__, type(student).__name__, "TokenizersBackend"]
         assert loaded["types"] == student.config.text_config.layer_types
         assert loaded["state"].keys() == student.state_dict().keys()
         for name, p in student.state_dict().items(): assert torch.equal(p, loaded["state"][name]) and p.dtype == loaded["state"][name].dtype, name
         with torch.no_grad():
             assert torch.equal(student(**batch).logits, loaded["logits"])
             assert torch.equal(student.generate(**batch, **HOW), loaded["generated"])
+
+
+IMPORTS = """
+import sys, {module}, heed_nb
+assert ("transformers" in sys.modules) == {heavy}, "transformers"
+assert ("heed_nb.hybrid" in sys.modules) == {heavy}, "registered too early"
+from transformers import AutoConfig
+assert AutoConfig.for_model("hybrid_qwen3_vl").text_config.layer_types and heed_nb.hybrid is sys.modules["heed_nb.hybrid"]
+assert not any(type(finder).__module__ == "heed_nb" for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize("module, heavy", [("heed_nb.conditions", False), ("heed_nb.minicpm", True), ("transformers", True)])
+def test_any_import_of_the_package_registers_its_models(module, heavy):
+    "At the cost of transformers only where that is imported anyway."
+    subprocess.run([sys.executable, "-c", IMPORTS.format(module=module, heavy=heavy)], check=True)
+
+
+def test_the_packages_names():
+    assert set(heed_nb.__all__) >= {"to_hybrid", "distill", "evaluate", "CONDITIONS", "patch_density", "position_weights", "load_teacher", "Sample", "collate",
+                                    "TrainSettings"}
+    assert set(heed_nb.__all__) < set(dir(heed_nb))
+    assert heed_nb.to_hybrid is to_hybrid and heed_nb.CONDITIONS is CONDITIONS and heed_nb.load_teacher is load_teacher
+    for name in heed_nb.__all__: assert name == "CONDITIONS" or callable(getattr(heed_nb, name)), name
+    from heed_nb import evaluate  # the module, whoever imported it first, and its function
+    fails("unknown suite 'all'", evaluate, "a folder", suite="all")
+    assert "suite" in inspect.signature(evaluate).parameters and evaluate.anls
+    with pytest.raises(AttributeError, match="module 'heed_nb' has no attribute 'nothing'"): heed_nb.nothing
 
 
 # Training
