@@ -254,6 +254,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'heed_nb.hybrid._in_float32': ('hybrid.html#_in_float32', 'heed_nb/hybrid.py'),
                                 'heed_nb.hybrid._mixers': ('hybrid.html#_mixers', 'heed_nb/hybrid.py'),
                                 'heed_nb.hybrid._paired_layers': ('hybrid.html#_paired_layers', 'heed_nb/hybrid.py'),
+                                'heed_nb.hybrid.check_source': ('hybrid.html#check_source', 'heed_nb/hybrid.py'),
                                 'heed_nb.hybrid.hybrid_config': ('hybrid.html#hybrid_config', 'heed_nb/hybrid.py'),
                                 'heed_nb.hybrid.kept_layers': ('hybrid.html#kept_layers', 'heed_nb/hybrid.py'),
                                 'heed_nb.hybrid.mixer_parameters': ('hybrid.html#mixer_parameters', 'heed_nb/hybrid.py'),

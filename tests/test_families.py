@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, DataCollatorWithFlattening, DynamicCache
 from transformers.models.auto import image_processing_auto, modeling_auto, processing_auto, tokenization_auto
@@ -104,6 +105,46 @@ def test_query_and_key_norms_are_kept_where_there_are_any(family, mixer):
     if not keeps:
         with pytest.raises(ValueError, match="qk_norm is True, but the attention of hybrid_glm4v_text has no q_norm and k_norm to keep"):
             to_hybrid(teacher_of(family), mixer=mixer, qk_norm=True)
+
+
+class Adapter(nn.Module):
+    "A linear layer as PEFT wraps it."
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.lora_A = base_layer, nn.Linear(base_layer.in_features, 2)
+
+
+def adapt(model, index):
+    attention = family_of(model).layers(model)[index].self_attn
+    attention.v_proj = Adapter(attention.v_proj)
+
+
+def compile_decoder(model):
+    model.model.language_model = torch.compile(model.model.language_model)
+
+
+def quantise(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change, message", [
+    (torch.compile, "the teacher is compiled"), (compile_decoder, "the teacher is compiled"),
+    (lambda model: adapt(model, 0), "unlike its class; .* unload its adapters"), (lambda model: adapt(model, 3), "unlike its class; .* unload its adapters"),
+    (lambda model: cpu_offload(model, execution_device="cpu"), "is on meta, offloaded or not loaded"), (lambda model: model.to("meta"), "is on meta"),
+    (lambda model: model.lm_head.to("meta") and None, "lm_head.weight is on meta"), (quantise, "lm_head.weight is a Parameter of torch.int8"),
+], ids=["compiled", "compiled decoder", "adapter in a mixer's place", "adapter in attention", "offloaded", "meta", "meta head", "quantised"])
+def test_a_teacher_that_is_not_whole_is_refused(family, change, message):
+    teacher = copy.deepcopy(teacher_of(family))
+    changed = change(teacher)
+    fails(message, to_hybrid, teacher if changed is None else changed)
+
+
+def test_a_hybrid_keeps_attention_somewhere(family):
+    config = hybrid_config(tiny.config(family)).to_dict()
+    of_text = lambda **fields: config | dict(text_config=config["text_config"] | fields)
+    for fields in (dict(layer_types=4 * ["linear_attention"]), dict(num_hidden_layers=3, layer_types=None)):
+        fails("none of the [34] layers keeps attention", HYBRIDS[family].config_class, **of_text(**fields))
+    for layers in range(4): fails(f"{layers} layers can't be split 3:1", hybrid_config, tiny.config(family, layers))
 
 
 # Inside transformers
