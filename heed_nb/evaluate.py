@@ -19,6 +19,7 @@ from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -280,3 +281,10 @@ def evaluate(
     if out is not None: write_file(Path(out) / "answers.jsonl", "".join(json.dumps(a, default=str) + "\n" for a in answers))
     return {"scores": {key: sum(values) / len(values) for key, values in scores.items()}, "n": n,
             "seconds": time.perf_counter() - started}
+
+# %% ../nbs/50_evaluate.ipynb #c0eb
+class _Evaluate(ModuleType):
+    "This module, called as its function of the same name."
+    __call__ = staticmethod(evaluate)
+
+if __name__ == "heed_nb.evaluate": sys.modules[__name__].__class__ = _Evaluate

@@ -8,9 +8,9 @@ __all__ = ['LAYER_TYPES', 'HYBRIDS', 'HybridTextConfig', 'padding_mask', 'packed
            'HybridQwen3VLModel', 'HybridQwen3VLForConditionalGeneration', 'HybridQwen3Config', 'HybridInternVLConfig',
            'HybridQwen3Model', 'HybridInternVLModel', 'HybridInternVLForConditionalGeneration', 'HybridGlm4vTextConfig',
            'HybridGlm4vConfig', 'HybridGlm4vTextModel', 'HybridGlm4vModel', 'HybridGlm4vForConditionalGeneration',
-           'HybridQwen3ForCausalLM', 'HybridMiniCPMV45Config', 'HybridMiniCPMV45ForConditionalGeneration',
-           'kept_layers', 'hybrid_config', 'to_hybrid', 'mixer_parameters', 'transferred_parameters',
-           'pair_with_teacher', 'teacher_path', 'unpair']
+           'HybridQwen3ForCausalLM', 'HybridMiniCPMV45Config', 'HybridMiniCPMV45Model',
+           'HybridMiniCPMV45ForConditionalGeneration', 'kept_layers', 'check_source', 'hybrid_config', 'to_hybrid',
+           'mixer_parameters', 'transferred_parameters', 'pair_with_teacher', 'teacher_path', 'unpair']
 
 # %% ../nbs/28_hybrid.ipynb #c003
 import copy
@@ -19,16 +19,22 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from huggingface_hub.dataclasses import strict
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationMixin, PreTrainedConfig,
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+    AutoProcessor, AutoTokenizer, GenerationMixin, PreTrainedConfig,
+    Glm4vImageProcessorPil, GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil,
     Qwen3Config, Qwen3ForCausalLM, Qwen3Model,
     Glm4vConfig, Glm4vForConditionalGeneration, Glm4vModel, Glm4vTextConfig, Glm4vTextModel,
     InternVLConfig, InternVLForConditionalGeneration, InternVLModel,
     Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLTextConfig, Qwen3VLTextModel)
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.import_utils import is_tracing
-from .minicpm import MiniCPMV45Config, MiniCPMV45ForConditionalGeneration
-from .mixers import MIXERS
+from .minicpm import (MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Model, MiniCPMVImageProcessor,
+    register_public_names)
+from .mixers import MIXERS, has_holes
 from .ssd import _check_sequences
 from .teachers import family_class, family_of
 
@@ -37,7 +43,7 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 
 @dataclass(kw_only=True)
 class HybridTextConfig:
-    "Mixin before a family's text config. Raises ValueError on an unknown layer type, mixer, init, field or value."
+    "Mixin before a family's text config. Raises ValueError on an unknown layer type, mixer, init, field or value, and where no layer keeps attention."
     layer_types: list[str] | None = None   # None: attention in the last of every four
     mixer: str = "mamba2"                  # a name in MIXERS
     mixer_init: str = "paper"              # an init of that mixer
@@ -50,6 +56,8 @@ class HybridTextConfig:
         if self.layer_types is None: self.layer_types = [LAYER_TYPES[i % 4 == 3] for i in range(n)]
         for kind in self.layer_types:
             if kind not in LAYER_TYPES: raise ValueError(f"unknown layer type {kind!r}; one of {', '.join(LAYER_TYPES)}")
+        if "full_attention" not in self.layer_types:
+            raise ValueError(f"none of the {n} layers keeps attention, which the default gives the last of every four; name one in layer_types")
         if len(self.layer_types) != n: raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {n}")
         fields = asdict(MIXERS[self.mixer].config_class.for_init(self.mixer_init, **given))
         if not self.has_qk_norm:
@@ -137,7 +145,7 @@ class HybridTextModel(Hybrid):
         position_ids = self.decoder_positions(position_ids)
         attention_mask = self.decoder_mask(attention_mask, inputs_embeds, past_key_values, position_ids)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-                               linear_attention_mask=mask, cu_seqlens=cu_seqlens, **kwargs)
+                               linear_attention_mask=mask, padding_holes=mask is not None and has_holes(mask), cu_seqlens=cu_seqlens, **kwargs)
 
     def decoder_positions(self, position_ids):
         "The positions as the family's text model takes them."
@@ -163,13 +171,17 @@ def register_hybrid(
     text_model,      # the hybrid's three classes; each has its config in `config_class`
     model,
     conditional,
+    image_processor, # the teacher's, that does without torchvision
 ) -> None:
     "Makes a family's hybrid known to `to_hybrid` and the Auto classes."
     for cls in (text_model, model):
         AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
         AutoModel.register(cls.config_class, cls, exist_ok=True)
-    AutoModelForImageTextToText.register(conditional.config_class, conditional, exist_ok=True)
-    AutoProcessor.register(conditional.config_class, family_class(conditional.config_class.model_type).processor_class, exist_ok=True)
+    config, stock = conditional.config_class, CONFIG_MAPPING[teacher]
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM): auto.register(config, conditional, exist_ok=True)
+    AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[stock], exist_ok=True)
+    AutoImageProcessor.register(config, image_processor_classes={"pil": image_processor}, exist_ok=True)
+    AutoProcessor.register(config, family_class(config.model_type).processor_class, exist_ok=True)
     HYBRIDS[teacher] = conditional
 
 # %% ../nbs/28_hybrid.ipynb #c012
@@ -193,10 +205,10 @@ class HybridQwen3VLModel(HybridModel, Qwen3VLModel):
     config: HybridQwen3VLConfig
 
 class HybridQwen3VLForConditionalGeneration(HybridModel, Qwen3VLForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridQwen3VLConfig
 
-register_hybrid("qwen3_vl", HybridQwen3VLTextModel, HybridQwen3VLModel, HybridQwen3VLForConditionalGeneration)
+register_hybrid("qwen3_vl", HybridQwen3VLTextModel, HybridQwen3VLModel, HybridQwen3VLForConditionalGeneration, Qwen2VLImageProcessorPil)
 
 # %% ../nbs/28_hybrid.ipynb #c013
 @strict
@@ -223,10 +235,10 @@ class HybridInternVLModel(HybridModel, InternVLModel):
     config: HybridInternVLConfig
 
 class HybridInternVLForConditionalGeneration(HybridModel, InternVLForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridInternVLConfig
 
-register_hybrid("internvl", HybridQwen3Model, HybridInternVLModel, HybridInternVLForConditionalGeneration)
+register_hybrid("internvl", HybridQwen3Model, HybridInternVLModel, HybridInternVLForConditionalGeneration, GotOcr2ImageProcessorPil)
 
 # %% ../nbs/28_hybrid.ipynb #c014
 @strict
@@ -256,15 +268,15 @@ class HybridGlm4vModel(HybridModel, Glm4vModel):
     config: HybridGlm4vConfig
 
 class HybridGlm4vForConditionalGeneration(HybridModel, Glm4vForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridGlm4vConfig
     _expand_multimodal_outputs = GenerationMixin._expand_multimodal_outputs  # GLM's own gives the beams of a prompt its images out of order
 
-register_hybrid("glm4v", HybridGlm4vTextModel, HybridGlm4vModel, HybridGlm4vForConditionalGeneration)
+register_hybrid("glm4v", HybridGlm4vTextModel, HybridGlm4vModel, HybridGlm4vForConditionalGeneration, Glm4vImageProcessorPil)
 
 # %% ../nbs/28_hybrid.ipynb #c015
 class HybridQwen3ForCausalLM(Hybrid, Qwen3ForCausalLM):
-    "The hybrid Qwen3 with its head: `llm` of a hybrid MiniCPM-V."
+    "The hybrid Qwen3 with its head, on its own."
     config: HybridQwen3Config
 
     def __init__(self, config):
@@ -278,12 +290,18 @@ class HybridMiniCPMV45Config(MiniCPMV45Config):
     model_type = "hybrid_minicpmv"
     sub_configs_defaults = MiniCPMV45Config.sub_configs_defaults | {"text_config": HybridQwen3Config}
 
-class HybridMiniCPMV45ForConditionalGeneration(Hybrid, MiniCPMV45ForConditionalGeneration):
-    "Loads with `AutoModelForImageTextToText` once `heed_nb.hybrid` is imported."
+class HybridMiniCPMV45Model(HybridModel, MiniCPMV45Model):
+    "MiniCPM-V's tower, resampler and hybrid decoder, without the head."
+    config: HybridMiniCPMV45Config
+
+class HybridMiniCPMV45ForConditionalGeneration(HybridModel, MiniCPMV45ForConditionalGeneration):
+    "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
     config: HybridMiniCPMV45Config
 
 AutoModelForCausalLM.register(HybridQwen3Config, HybridQwen3ForCausalLM, exist_ok=True)
-register_hybrid("minicpmv", HybridQwen3Model, HybridMiniCPMV45ForConditionalGeneration, HybridMiniCPMV45ForConditionalGeneration)
+AutoTokenizer.register(HybridQwen3Config, tokenizer_class=TOKENIZER_MAPPING[Qwen3Config], exist_ok=True)
+register_public_names(HybridMiniCPMV45Config.model_type)
+register_hybrid("minicpmv", HybridQwen3Model, HybridMiniCPMV45Model, HybridMiniCPMV45ForConditionalGeneration, MiniCPMVImageProcessor)
 
 # %% ../nbs/28_hybrid.ipynb #c017
 def kept_layers(
@@ -292,13 +310,33 @@ def kept_layers(
 ) -> list[int]:
     "Indices of the layers that keep attention; all of them make a hybrid that computes its teacher. Raises ValueError if the 3:1 ratio does not fit or an index is out of place."
     if attention_layers in (None, "last", "first"):
-        if layers % 4: raise ValueError(f"{layers} layers can't be split 3:1; a multiple of 4 can, or give attention_layers as a list")
+        if layers < 4 or layers % 4: raise ValueError(f"{layers} layers can't be split 3:1; a multiple of 4 can, or give attention_layers as a list")
         return list(range(0 if attention_layers == "first" else 3, layers, 4))
     if not isinstance(attention_layers, (list, tuple)): raise ValueError(f"attention_layers is {attention_layers!r}; 'last', 'first' or a list of indices")
     kept = sorted(set(attention_layers))
     if not kept or len(kept) != len(attention_layers) or not set(kept) <= set(range(layers)):
         raise ValueError(f"attention_layers is {list(attention_layers)}; one or more different indices from 0 to {layers - 1}")
     return kept
+
+def check_source(
+    teacher,
+    student,  # its hybrid, on meta
+) -> dict:    # parameters and buffers of the teacher by name
+    "What the hybrid is made from. Raises ValueError where the teacher is wrapped or its tensors are not whole: compiled, with adapters, offloaded, quantised."
+    if any(isinstance(module, OptimizedModule) for module in teacher.modules()): raise ValueError("the teacher is compiled; convert first, then compile the hybrid")
+    ours, theirs = ({**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))} for model in (student, teacher))
+    own = {f"{prefix}.{name}" for prefix, mixer in _mixers(student).items() for name, _ in mixer.named_parameters() if name.split(".")[0] not in mixer.transferred}
+    left = {f"{prefix}.{norm}.weight" for prefix in _mixers(student) for norm in ("q_norm", "k_norm")}
+    for name in sorted((ours.keys() - theirs.keys() - own) | (theirs.keys() - ours.keys() - left)):
+        raise ValueError(f"the teacher {'has' if name in theirs else 'lacks'} {name}, unlike its class; take off its wrapper, merge or unload its adapters")
+    for name, x in theirs.items():
+        if x.is_meta: raise ValueError(f"the teacher's {name} is on meta, offloaded or not loaded; load it whole on one device")
+        fits = name not in ours or x.shape == ours[name].shape
+        if type(x) not in (Tensor, nn.Parameter) or not fits or isinstance(x, nn.Parameter) and not x.is_floating_point():
+            raise ValueError(f"the teacher's {name} is a {type(x).__name__} of {x.dtype} and shape {list(x.shape)}; load it whole and unquantised")
+    devices = sorted({str(x.device) for x in theirs.values()})
+    if len(devices) > 1: raise ValueError(f"the teacher lies on {', '.join(devices)}; load it whole on one device")
+    return theirs
 
 def _assign(model, name, tensor):
     "Makes `tensor` the model's parameter or buffer of that name."
@@ -338,14 +376,14 @@ def to_hybrid(
     seed: int = 0,                                    # of the start; the global random state is left alone
     **mixer_fields
 ):                                                    # a hybrid of the teacher's family, dtype and device
-    "The teacher's hybrid by weight transfer. Raises ValueError as `hybrid_config` does."
+    "The teacher's hybrid by weight transfer. Raises ValueError as `hybrid_config` and `check_source` do."
     if not isinstance(getattr(teacher, "config", None), PreTrainedConfig): raise ValueError(f"unsupported teacher {type(teacher).__name__!r}; one of {', '.join(HYBRIDS)}")
     config = hybrid_config(teacher.config, mixer=mixer, attention_layers=attention_layers, init=init, **mixer_fields)
     implementation = {"": teacher.config._attn_implementation, **{name: getattr(teacher.config, name)._attn_implementation for name in teacher.config.sub_configs}}
     with torch.device("meta"):
         student = HYBRIDS[teacher.config.model_type]._from_config(config, dtype=teacher.dtype, attn_implementation=implementation)
 
-    source = {**dict(teacher.named_parameters(remove_duplicate=False)), **dict(teacher.named_buffers(remove_duplicate=False))}
+    source = check_source(teacher, student)
     for name, buffer in student.named_buffers(remove_duplicate=False): _assign(student, name, source[name].clone())
     for name, p in list(student.named_parameters(remove_duplicate=False)):
         if name in source: value = source[name].detach().clone()

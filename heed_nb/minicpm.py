@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['STRINGS', 'slice_grid', 'slice_size', 'MiniCPMVImagesKwargs', 'MiniCPMVImageProcessor', 'decoded_images',
-           'MiniCPMV45Processor', 'MiniCPMV45Config', 'patch_positions', 'MiniCPMV45VisionModel', 'sincos_positions',
-           'MiniCPMV45Resampler', 'MiniCPMV45ForConditionalGeneration']
+           'MiniCPMV45Processor', 'MiniCPMV45Config', 'patch_positions', 'patch_mask', 'MiniCPMV45VisionModel',
+           'sincos_positions', 'MiniCPMV45QueryPooling', 'MiniCPMV45Resampler', 'MiniCPMV45ImageFeatures',
+           'MiniCPMV45PreTrainedModel', 'MiniCPMV45Model', 'MiniCPMV45ForConditionalGeneration',
+           'register_public_names']
 
 # %% ../nbs/25_minicpm.ipynb #c003
 import math
-from dataclasses import fields
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +22,21 @@ from huggingface_hub.dataclasses import strict
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationMixin,
-    PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, SiglipVisionConfig)
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
+    AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, SiglipVisionConfig)
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 # %% ../nbs/25_minicpm.ipynb #c006
 def slice_grid(
@@ -200,23 +208,34 @@ def patch_positions(
         return torch.bucketize(torch.arange(0, 1 - 1e-6, step, dtype=torch.float32), boundaries, right=True)
     return torch.cat([(side * buckets(rows)[:, None] + buckets(columns)).flatten() for rows, columns in tgt_sizes.tolist()])
 
+def patch_mask(
+    tgt_sizes: Tensor,  # [slices, 2], rows and columns of patches
+    device,
+) -> Tensor:            # [slices, most patches], False at padding
+    "Where each slice has patches."
+    lengths = tgt_sizes.prod(-1).to(device)
+    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+
 class MiniCPMV45VisionModel(Idefics2VisionTransformer):
     "SigLIP for slices of any shape: the layers of the library's Idefics2 tower, patches given one by one."
     config: SiglipVisionConfig
 
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: Tensor,     # [patches of all slices, channels * patch_size ** 2]
-        tgt_sizes: Tensor,        # [slices, 2]
-    ) -> tuple[Tensor, Tensor]:   # features [slices, most patches, D], mask [slices, most patches]
-        "Each slice's features, padded on the right, and where they are not padding."
+        pixel_values: Tensor,         # [patches of all slices, channels * patch_size ** 2]
+        tgt_sizes: Tensor,            # [slices, 2]
+        **kwargs
+    ) -> BaseModelOutputWithPooling:  # last_hidden_state [slices, most patches, D]
+        "Each slice's features, padded on the right."
         lengths, embedding = tgt_sizes.prod(-1), self.embeddings.patch_embedding
-        x = F.linear(pixel_values.to(embedding.weight.dtype), embedding.weight.flatten(1), embedding.bias)
+        x = embedding(pixel_values.to(embedding.weight.dtype).unflatten(-1, (-1, *embedding.kernel_size))).flatten(1)
         x = x + self.embeddings.position_embedding(patch_positions(tgt_sizes, self.embeddings.num_patches_per_side).to(x.device))
-        x = pad_sequence(x.split(lengths.tolist()), batch_first=True)
-        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None].to(x.device)
+        x, mask = pad_sequence(x.split(lengths.tolist()), batch_first=True), patch_mask(tgt_sizes, x.device)
         attention_mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=mask)
-        return self.post_layernorm(self.encoder(inputs_embeds=x, attention_mask=attention_mask).last_hidden_state), mask
+        x = self.encoder(inputs_embeds=x, attention_mask=attention_mask, **kwargs).last_hidden_state
+        return BaseModelOutputWithPooling(last_hidden_state=self.post_layernorm(x))
 
 # %% ../nbs/25_minicpm.ipynb #c024
 def sincos_positions(
@@ -230,13 +249,36 @@ def sincos_positions(
     x, y = (torch.cat([w.sin(), w.cos()], -1) for w in waves)
     return torch.cat([x[None].expand(rows, -1, -1), y[:, None].expand(-1, columns, -1)], -1).flatten(0, 1)
 
+class MiniCPMV45QueryPooling(nn.Module):
+    "Cross attention with the parameters of `nn.MultiheadAttention`, which reads its output projection's weights without calling it."
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self,
+        q: Tensor,                # [slices, queries, embed_dim]
+        k: Tensor,                # [slices, most patches, embed_dim]
+        v: Tensor,
+        mask: Tensor,             # [slices, most patches], False at padding
+    ) -> tuple[Tensor, Tensor]:   # [slices, queries, embed_dim], [slices, queries, most patches]
+        "What the queries read, and the attention, its heads averaged."
+        projections = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x, weight, bias in projections)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        attention = scores.masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
+        return self.out_proj((attention @ v).transpose(1, 2).flatten(2)), attention.mean(1)
+
 class MiniCPMV45Resampler(nn.Module):
     "One cross attention from learned queries to a slice's patches."
     def __init__(self, num_queries: int, embed_dim: int, num_heads: int, kv_dim: int):
         super().__init__()
         self.query = nn.Parameter(torch.zeros(num_queries, embed_dim))
         self.kv_proj = nn.Linear(kv_dim, embed_dim, bias=False) if kv_dim != embed_dim else nn.Identity()
-        self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.attn = MiniCPMV45QueryPooling(embed_dim, num_heads)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(3))
         self.proj = nn.Parameter(torch.zeros(embed_dim, embed_dim))
 
@@ -249,28 +291,28 @@ class MiniCPMV45Resampler(nn.Module):
         "Each slice's tokens, and the attention they come from, its heads averaged."
         x, q = self.ln_kv(self.kv_proj(features)), self.ln_q(self.query)
         positions = pad_sequence([sincos_positions(rows, columns, x.shape[-1]) for rows, columns in tgt_sizes.tolist()], batch_first=True)
-        out, attention = self.attn(q.expand(len(x), -1, -1), x + positions.to(x), x, key_padding_mask=~mask)
+        out, attention = self.attn(q.expand(len(x), -1, -1), x + positions.to(x), x, mask)
         return self.ln_post(out) @ self.proj, attention
 
 # %% ../nbs/25_minicpm.ipynb #c029
-class MiniCPMV45ForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    "MiniCPM-V 4.5 for images and text; loads with `AutoModelForImageTextToText` once `heed_nb.minicpm` is imported."
+@dataclass
+class MiniCPMV45ImageFeatures(BaseModelOutputWithPooling):
+    "What tower and resampler make of slices, without padding."
+    last_hidden_state: Tensor | None = None                # [patches of all slices, D], the tower's, each slice in raster order
+    pooler_output: Tensor | None = None                    # [slices, query_num, hidden], the tokens
+    hidden_states: tuple[Tensor, ...] | None = None        # if asked for: as last_hidden_state, before and after each layer of the tower
+    attentions: tuple[list[Tensor], ...] | None = None     # if asked for: by layer, each slice's [heads, h * w, h * w]
+    token_attentions: tuple[Tensor, ...] | None = None     # the resampler's: each slice's [query_num, h * w], heads averaged
+
+class MiniCPMV45PreTrainedModel(PreTrainedModel):
+    "What the classes with and without head share."
     config: MiniCPMV45Config
+    base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen3DecoderLayer", "Idefics2EncoderLayer", "MiniCPMV45Resampler"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
-    _tied_weights_keys = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}
-
-    def __init__(self, config):
-        super().__init__(config)
-        size = config.text_config.hidden_size
-        self.llm = AutoModelForCausalLM.from_config(config.text_config)
-        self.vpm = MiniCPMV45VisionModel._from_config(config.vision_config)
-        if config.drop_vision_last_layer: self.vpm.encoder.layers = self.vpm.encoder.layers[:-1]
-        self.resampler = MiniCPMV45Resampler(config.query_num, size, max(1, size // 128), config.vision_config.hidden_size)
-        self.post_init()
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -278,32 +320,58 @@ class MiniCPMV45ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(module, MiniCPMV45Resampler):
             init.trunc_normal_(module.query, std=0.02)
             init.normal_(module.proj, std=len(module.proj) ** -0.5)
+        elif isinstance(module, MiniCPMV45QueryPooling):
+            init.xavier_uniform_(module.in_proj_weight)
+            init.zeros_(module.in_proj_bias)
 
-    def get_input_embeddings(self): return self.llm.get_input_embeddings()
-    def set_input_embeddings(self, value): self.llm.set_input_embeddings(value)
-    def get_output_embeddings(self): return self.llm.get_output_embeddings()
-    def set_output_embeddings(self, value): self.llm.set_output_embeddings(value)
+# %% ../nbs/25_minicpm.ipynb #c029a
+class MiniCPMV45Model(MiniCPMV45PreTrainedModel):
+    "MiniCPM-V 4.5 without its head."
+    def __init__(self, config):
+        super().__init__(config)
+        size = config.text_config.hidden_size
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.vpm = MiniCPMV45VisionModel._from_config(config.vision_config)
+        if config.drop_vision_last_layer: self.vpm.encoder.layers = self.vpm.encoder.layers[:-1]
+        self.resampler = MiniCPMV45Resampler(config.query_num, size, max(1, size // 128), config.vision_config.hidden_size)
+        self.post_init()
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Tensor,            # [patches of all slices, channels * patch_size ** 2]
         tgt_sizes: Tensor,               # [slices, 2], rows and columns of patches
-        **kwargs
-    ) -> BaseModelOutputWithPooling:     # last_hidden_state: each slice's patches [h * w, D] in raster order; pooler_output: tokens
-                                         # [slices, query_num, hidden]; attentions: each slice's [query_num, h * w], heads averaged
+        **kwargs                         # of the tower: output_hidden_states, output_attentions
+    ) -> MiniCPMV45ImageFeatures:
         "What tower and resampler make of each slice. Raises ValueError if pixels and sizes do not match."
-        lengths = tgt_sizes.prod(-1).tolist()
-        if sum(lengths) != len(pixel_values): raise ValueError(f"pixel_values holds {len(pixel_values)} patches, but tgt_sizes gives {sum(lengths)}")
-        features, tokens, attentions = [], [], []
+        if (patches := int(tgt_sizes.prod(-1).sum())) != len(pixel_values):
+            raise ValueError(f"pixel_values holds {len(pixel_values)} patches, but tgt_sizes gives {patches}")
+        outs, tokens, token_attentions, masks = [], [], [], []
         for sizes in tgt_sizes.split(self.config.vision_batch_size):
-            patches, pixel_values = pixel_values.split([n := int(sizes.prod(-1).sum()), len(pixel_values) - n])
-            hidden, mask = self.vpm(patches, sizes)
-            out, attention = self.resampler(hidden, mask, sizes)
-            tokens.append(out)
-            features += [h[m] for h, m in zip(hidden, mask)]
-            attentions += [a[:, m] for a, m in zip(attention, mask)]
-        return BaseModelOutputWithPooling(last_hidden_state=tuple(features), pooler_output=torch.cat(tokens), attentions=tuple(attentions))
+            patches, pixel_values = pixel_values.tensor_split([int(sizes.prod(-1).sum())])
+            out, mask = self.vpm(patches, sizes, **kwargs | dict(return_dict=True)), patch_mask(sizes, pixel_values.device)
+            made, attention = self.resampler(out.last_hidden_state, mask, sizes)
+            outs.append(out); masks.append(mask); tokens.append(made)
+            token_attentions += [a[:, m] for a, m in zip(attention, mask)]
+        unpadded = lambda parts: torch.cat([x[mask] for x, mask in zip(parts, masks)])
+        each = lambda parts: [a[:, m][..., m] for part, mask in zip(parts, masks) for a, m in zip(part, mask)]
+        by_layer = lambda name, f: None if getattr(outs[0], name) is None else tuple(map(f, zip(*(getattr(out, name) for out in outs))))
+        return MiniCPMV45ImageFeatures(unpadded(out.last_hidden_state for out in outs), torch.cat(tokens), by_layer("hidden_states", unpadded),
+                                       by_layer("attentions", each), tuple(token_attentions))
 
+    def image_positions(
+        self,
+        input_ids: Tensor | None,  # [B, T]; None: they are found by their embedding
+        inputs_embeds: Tensor,     # [B, T, D]
+        tokens: Tensor,            # [images' tokens, D]
+    ) -> Tensor:                   # [B, T] bool
+        "Where image tokens stand. Raises ValueError if they are not as many as the images make."
+        if input_ids is not None: mask = input_ids == self.config.image_token_id
+        else: mask = (inputs_embeds == self.get_input_embeddings()(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))).all(-1)
+        if len(tokens) != mask.sum(): raise ValueError(f"the images make {len(tokens)} tokens, but the text has {int(mask.sum())} for them")
+        return mask
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,       # [B, T]
@@ -311,25 +379,75 @@ class MiniCPMV45ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tgt_sizes: Tensor | None = None,       # [slices, 2]
         attention_mask: Tensor | None = None,  # [B, T], 0 at padding
         position_ids: Tensor | None = None,    # [B, T]
+        past_key_values=None,
         inputs_embeds: Tensor | None = None,   # [B, T, D], in the place of input_ids
         mm_encoder_outputs: dict | None = None,# {"image": what get_image_features gave}, in the place of pixels
-        logits_to_keep: int | Tensor = 0,      # the last so many positions, 0 for all
-        **kwargs                               # of Qwen3ForCausalLM: labels, past_key_values, use_cache, ...
-    ) -> CausalLMOutputWithPast:
-        "Logits, and the loss if `labels` are given. Raises ValueError if images and their tokens do not match."
+        **kwargs                               # of Qwen3Model: use_cache, ...
+    ) -> BaseModelOutputWithPast:
+        "The last hidden state. Raises ValueError if images and their tokens do not match, and unless ids or embeddings are given."
+        if (input_ids is None) == (inputs_embeds is None): raise ValueError("give either input_ids or inputs_embeds")
         if (pixel_values is None) != (tgt_sizes is None): raise ValueError("pixel_values and tgt_sizes must come together")
         image = (mm_encoder_outputs or {}).get("image")
-        if image is None and pixel_values is not None: image = self.get_image_features(pixel_values, tgt_sizes)
+        if image is None and pixel_values is not None: image = self.get_image_features(pixel_values, tgt_sizes, return_dict=True)
         if inputs_embeds is None: inputs_embeds = self.get_input_embeddings()(input_ids)
         if image is not None:
-            if input_ids is None: raise ValueError("images come with input_ids, not with inputs_embeds")
-            tokens, visual_mask = image.pooler_output.flatten(0, 1), input_ids == self.config.image_token_id
-            if len(tokens) != visual_mask.sum(): raise ValueError(f"the images make {len(tokens)} tokens, but the text has {int(visual_mask.sum())} for them")
-            inputs_embeds = inputs_embeds.masked_scatter(visual_mask[..., None], tokens.to(inputs_embeds))
-        return self.llm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
+            tokens = image.pooler_output.flatten(0, 1)
+            inputs_embeds = inputs_embeds.masked_scatter(self.image_positions(input_ids, inputs_embeds, tokens)[..., None], tokens.to(inputs_embeds))
+        return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+                                   past_key_values=past_key_values, **kwargs)
 
+# %% ../nbs/25_minicpm.ipynb #c029b
+class MiniCPMV45ForConditionalGeneration(MiniCPMV45PreTrainedModel, GenerationMixin):
+    "MiniCPM-V 4.5 for images and text; loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MiniCPMV45Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values, tgt_sizes, **kwargs):
+        "As `MiniCPMV45Model.get_image_features`."
+        return self.model.get_image_features(pixel_values, tgt_sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,       # as for `MiniCPMV45Model`
+        pixel_values: Tensor | None = None,
+        tgt_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,          # [B, T], -100 where nothing is to be predicted
+        mm_encoder_outputs: dict | None = None,
+        logits_to_keep: int | Tensor = 0,      # the last so many positions, 0 for all
+        **kwargs                               # of Qwen3Model and of the loss
+    ) -> CausalLMOutputWithPast:
+        "Logits, and the loss if `labels` are given. Raises ValueError as `MiniCPMV45Model` does."
+        out = self.model(input_ids=input_ids, pixel_values=pixel_values, tgt_sizes=tgt_sizes, attention_mask=attention_mask, position_ids=position_ids,
+                         past_key_values=past_key_values, inputs_embeds=inputs_embeds, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states, attentions=out.attentions)
+
+# %% ../nbs/25_minicpm.ipynb #c029c
+def register_public_names(
+    model_type: str,  # of a config
+) -> None:
+    "Lets models of this type be loaded and saved under the names that the public checkpoint gives its tensors."
+    ours = {"llm.model": "model.language_model", "llm.lm_head": "lm_head", "vpm": "model.vpm", "resampler": "model.resampler"}
+    renamings = [WeightRenaming(f"^{re.escape(name)}\\.", f"{our}.") for name, our in ours.items()]
+    register_checkpoint_conversion_mapping(model_type, renamings, overwrite=True)
+
+register_public_names(MiniCPMV45Config.model_type)
 AutoConfig.register(MiniCPMV45Config.model_type, MiniCPMV45Config, exist_ok=True)
-AutoModelForImageTextToText.register(MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, exist_ok=True)
+AutoModel.register(MiniCPMV45Config, MiniCPMV45Model, exist_ok=True)
+for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto.register(MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, exist_ok=True)
 AutoTokenizer.register(MiniCPMV45Config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
 AutoImageProcessor.register(MiniCPMV45Config, image_processor_classes={"pil": MiniCPMVImageProcessor}, exist_ok=True)
 AutoProcessor.register(MiniCPMV45Config, MiniCPMV45Processor, exist_ok=True)

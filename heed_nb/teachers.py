@@ -321,15 +321,12 @@ class MiniCPMV(Family):
         super().__init__(config)
         self.query_num = config.query_num
 
-    def decoder(self, model): return model.llm.model
-
-    def lm_head(self, model): return model.llm.lm_head
-
     def tower(self, model, batch):
         sizes = batch["tgt_sizes"]
         out = model.get_image_features(batch["pixel_values"], sizes)
-        features = [patches.unflatten(0, size) for patches, size in zip(out.last_hidden_state, sizes.tolist())]
-        return out.pooler_output.flatten(0, 1), features, {}, [nn.functional.normalize(attention.float(), p=1, dim=-1) for attention in out.attentions]
+        features = [patches.unflatten(0, size) for patches, size in zip(out.last_hidden_state.split(sizes.prod(-1).tolist()), sizes.tolist())]
+        weights = [nn.functional.normalize(attention.float(), p=1, dim=-1) for attention in out.token_attentions]
+        return out.pooler_output.flatten(0, 1), features, {}, weights
 
     def token_density(self, rho, reduce="mean"):
         "Density of the patches, of which `patch_weights` make tokens. Raises ValueError on another mean than theirs."

@@ -1,13 +1,21 @@
 "The hybrid of every family with every mixer inside transformers: padding, caches, chunks, disk, training; and what is refused."
+import copy
+import inspect
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, DataCollatorWithFlattening, DynamicCache
+from transformers.models.auto import image_processing_auto, modeling_auto, processing_auto, tokenization_auto
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+from transformers.utils.generic import find_labels
 
+import heed_nb
 import tiny
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import Sample, collate
@@ -37,7 +45,18 @@ def hybrid(teacher, **kwargs):
 
 
 def batch_of(family, samples=None, side="left"):
-    return tiny.batch_of(tiny.samples(family) if samples is None else samples, PROCESSORS[family], side)
+    "`inside`: prompts padded on the right, each with the same answer after its padding."
+    batch = tiny.batch_of(tiny.samples(family) if samples is None else samples, PROCESSORS[family], "right" if side == "inside" else side)
+    if side == "inside":
+        answer = torch.arange(40, 44).expand(len(batch["input_ids"]), -1)
+        for key, value in dict(input_ids=answer, attention_mask=torch.ones_like(answer), mm_token_type_ids=torch.zeros_like(answer)).items():
+            if key in batch: batch[key] = torch.cat([batch[key], value], 1)
+        if "image_grid_thw" not in batch: batch["position_ids"] = positions_of(batch)
+    return batch
+
+
+def positions_of(batch):
+    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -73,8 +92,7 @@ def test_everything_but_the_mixers_is_the_teachers(family, mixer):
         assert p.isfinite().all(), name
     parts = [f"{p}_proj.{kind}" for p in "qkv" for kind in (("bias", "weight") if family == "glm4v" else ("weight",))] + ["o_proj.weight"]
     assert sorted(name.split("self_attn.")[1] for name in transferred if ".layers.0." in name) == sorted(parts)
-    decoder = "llm.model" if family == "minicpmv" else "model.language_model"
-    norms = set() if family == "glm4v" else {f"{decoder}.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
+    norms = set() if family == "glm4v" else {f"model.language_model.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
     assert theirs.keys() - student.state_dict().keys() == norms
 
 
@@ -89,9 +107,49 @@ def test_query_and_key_norms_are_kept_where_there_are_any(family, mixer):
             to_hybrid(teacher_of(family), mixer=mixer, qk_norm=True)
 
 
+class Adapter(nn.Module):
+    "A linear layer as PEFT wraps it."
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.lora_A = base_layer, nn.Linear(base_layer.in_features, 2)
+
+
+def adapt(model, index):
+    attention = family_of(model).layers(model)[index].self_attn
+    attention.v_proj = Adapter(attention.v_proj)
+
+
+def compile_decoder(model):
+    model.model.language_model = torch.compile(model.model.language_model)
+
+
+def quantise(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change, message", [
+    (torch.compile, "the teacher is compiled"), (compile_decoder, "the teacher is compiled"),
+    (lambda model: adapt(model, 0), "unlike its class; .* unload its adapters"), (lambda model: adapt(model, 3), "unlike its class; .* unload its adapters"),
+    (lambda model: cpu_offload(model, execution_device="cpu"), "is on meta, offloaded or not loaded"), (lambda model: model.to("meta"), "is on meta"),
+    (lambda model: model.lm_head.to("meta") and None, "lm_head.weight is on meta"), (quantise, "lm_head.weight is a Parameter of torch.int8"),
+], ids=["compiled", "compiled decoder", "adapter in a mixer's place", "adapter in attention", "offloaded", "meta", "meta head", "quantised"])
+def test_a_teacher_that_is_not_whole_is_refused(family, change, message):
+    teacher = copy.deepcopy(teacher_of(family))
+    changed = change(teacher)
+    fails(message, to_hybrid, teacher if changed is None else changed)
+
+
+def test_a_hybrid_keeps_attention_somewhere(family):
+    config = hybrid_config(tiny.config(family)).to_dict()
+    of_text = lambda **fields: config | dict(text_config=config["text_config"] | fields)
+    for fields in (dict(layer_types=4 * ["linear_attention"]), dict(num_hidden_layers=3, layer_types=None)):
+        fails("none of the [34] layers keeps attention", HYBRIDS[family].config_class, **of_text(**fields))
+    for layers in range(4): fails(f"{layers} layers can't be split 3:1", hybrid_config, tiny.config(family, layers))
+
+
 # Inside transformers
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
 @torch.no_grad()
 def test_padding_equals_single_samples(case, side):
     family, student = case
@@ -99,7 +157,7 @@ def test_padding_equals_single_samples(case, side):
     batch = batch_of(family, side=side)
     logits = student(**batch).logits
     for row, mask, sample in zip(logits, batch["attention_mask"].bool(), tiny.samples(family)):
-        assert_close(row[mask], student(**batch_of(family, [sample])).logits[0], atol=5e-4, rtol=1e-3)
+        assert_close(row[mask], student(**batch_of(family, [sample], "inside" if side == "inside" else "left")).logits[0], atol=5e-4, rtol=1e-3)
     if side == "left":  # where a state that padding wrote to would show
         unmasked = student(**batch | dict(attention_mask=torch.ones_like(batch["attention_mask"]))).logits
         assert (unmasked - logits)[0, -1].abs().max() > 1e-2
@@ -116,11 +174,15 @@ def test_generation_with_a_cache_is_generation_without(case, how):
     for a, b in zip(cached.scores, plain.scores): assert_close(a, b, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("side, how", [("left", dict()), ("left", dict(num_beams=3)), ("inside", dict()), ("inside", dict(cache_implementation="static")),
+                                       ("inside", dict(use_cache=False)), ("inside", dict(prefill_chunk_size=7))], ids=str)
 @torch.no_grad()
-def test_batched_generation_equals_single_samples(case, beams):
-    (family, student), how = case, HOW | dict(num_beams=beams)
-    new = lambda samples: student.generate(**batch_of(family, samples), **how)[:, -HOW["max_new_tokens"]:]
+def test_batched_generation_equals_single_samples(case, side, how):
+    (family, student), how = case, HOW | how
+    def new(samples):
+        batch = batch_of(family, samples, side)
+        batch.pop("position_ids", None)  # generate makes its own
+        return student.generate(**batch, **how)[:, -HOW["max_new_tokens"]:]
     assert torch.equal(new(tiny.samples(family)), torch.cat([new([sample]) for sample in tiny.samples(family)]))
 
 
@@ -130,7 +192,7 @@ def test_chunked_prefill(case, size):
     "Left-padded prompts in pieces, some of which are padding alone for a row."
     family, student = case
     batch = batch_of(family, [("what is a total?", []), ("tax?", [])])
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions = positions_of(batch)
     cache, pieces = DynamicCache(config=student.config), []
     for start in range(0, 16, size):
         piece = slice(start, start + size)
@@ -203,14 +265,14 @@ def test_bad_packing(family):
     fails(r"cu_seqlens rises from 0 to 42, got \[0, 16, 19, 43\]", student, input_ids=ids, cu_seq_lens_q=torch.tensor([0, 16, 19, 43]))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
 @torch.no_grad()
 def test_a_4d_mask_is_read_or_refused(case, kind, side):
     family, student = case
     batch = batch_of(family, [("what is a total?", []), ("tax?", [])], side)
     real = batch["attention_mask"].bool()
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions = positions_of(batch)
     seen = real[:, None, None] & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
     as_kind = lambda seen: seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
     logits = lambda mask: student(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits[real]
@@ -220,18 +282,56 @@ def test_a_4d_mask_is_read_or_refused(case, kind, side):
     for mask in (blocks, seen.mT): fails("a 4-D attention mask is causal but for padding", logits, as_kind(mask))
 
 
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@torch.no_grad()
+def test_what_trainers_and_offloading_ask_for(family, who):
+    teacher, batch = teacher_of(family), batch_of(family)
+    model = teacher if who == "teacher" else hybrid(teacher)
+    assert find_labels(type(model)) == ["labels"]
+    logits = model(**batch).logits
+    hidden = model.base_model(**batch)
+    assert model.base_model is not model and model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
+    assert torch.equal(model.get_output_embeddings()(hidden.last_hidden_state), logits) and torch.equal(model(**batch, return_dict=False)[0], logits)
+    if family == "glm4v": return  # its tower, the library's own, reads a weight past its module
+    model = copy.deepcopy(model)
+    offloaded = cpu_offload(model, execution_device="cpu")
+    assert any(p.is_meta for p in model.parameters()) and torch.equal(offloaded(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("module", [modeling_auto, processing_auto, tokenization_auto, image_processing_auto], ids=lambda module: module.__name__.split(".")[-1])
+def test_the_auto_classes_know_a_hybrid_where_they_know_its_teacher(family, module):
+    "Of the decoder alone: without a head and with the language model's."
+    config, found = tiny.config(family), []
+    student = hybrid_config(config)
+    for name, mapping in vars(module).items():
+        if not isinstance(mapping, _LazyAutoMapping): continue
+        parts = ["text_config"] * (name in ("MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "TOKENIZER_MAPPING"))
+        for teachers, students in [(config, student), *((getattr(config, part), getattr(student, part)) for part in parts)]:
+            if type(teachers) in mapping:
+                assert type(students) in mapping, name
+                found.append(name)
+    expected = dict(modeling_auto={"MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"},
+                    processing_auto={"PROCESSOR_MAPPING"}, tokenization_auto={"TOKENIZER_MAPPING"}, image_processing_auto={"IMAGE_PROCESSOR_MAPPING"})
+    assert set(found) >= expected[module.__name__.split(".")[-1]]
+
+
 # Saving and loading
 
 LOAD = """
-import sys, torch, heed_nb.hybrid
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import sys, torch, heed_nb
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline
 how = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4])
 for folder in sys.argv[1:]:
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     texts, images = torch.load(folder + "/samples.pt", weights_only=False)
     batch = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
     with torch.no_grad(): out = dict(logits=model(**batch).logits, generated=model.generate(**batch, **how))
-    out.update(state=model.state_dict(), names=(type(model).__name__, type(processor).__name__), types=model.config.text_config.layer_types)
+    autos = AutoImageProcessor, AutoModelForMultimodalLM, AutoTokenizer
+    out.update(state=model.state_dict(), types=model.config.text_config.layer_types, names=[type(model).__name__, type(processor).__name__],
+               others=[type(auto.from_pretrained(folder)).__name__ for auto in autos])
+    chat = [dict(role="user", content=[dict(type="image", image=images[0]), dict(type="text", text="read it")])]
+    text = pipeline("image-text-to-text", model=folder)(text=chat, return_full_text=False, max_new_tokens=2, do_sample=False)[0]["generated_text"]
+    assert isinstance(text, str), text
     torch.save(out, folder + "/out.pt")
 """
 
@@ -250,13 +350,42 @@ def test_loads_in_a_new_process(tmp_path):
     subprocess.run([sys.executable, "-c", LOAD, *map(str, students)], check=True)
     for folder, (family, student) in students.items():
         loaded, batch = torch.load(folder / "out.pt"), batch_of(family)
-        assert loaded["names"] == (type(student).__name__, family_class(family).processor_class.__name__)
+        assert loaded["names"] == [type(student).__name__, family_class(family).processor_class.__name__]
+        assert loaded["others"] == [type(PROCESSORS[family].image_processor).__name__, type(student).__name__, "TokenizersBackend"]
         assert loaded["types"] == student.config.text_config.layer_types
         assert loaded["state"].keys() == student.state_dict().keys()
         for name, p in student.state_dict().items(): assert torch.equal(p, loaded["state"][name]) and p.dtype == loaded["state"][name].dtype, name
         with torch.no_grad():
             assert torch.equal(student(**batch).logits, loaded["logits"])
             assert torch.equal(student.generate(**batch, **HOW), loaded["generated"])
+
+
+IMPORTS = """
+import sys, {module}, heed_nb
+assert ("transformers" in sys.modules) == {heavy}, "transformers"
+assert ("heed_nb.hybrid" in sys.modules) == {heavy}, "registered too early"
+from transformers import AutoConfig
+assert AutoConfig.for_model("hybrid_qwen3_vl").text_config.layer_types and heed_nb.hybrid is sys.modules["heed_nb.hybrid"]
+assert not any(type(finder).__module__ == "heed_nb" for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize("module, heavy", [("heed_nb.conditions", False), ("heed_nb.minicpm", True), ("transformers", True)])
+def test_any_import_of_the_package_registers_its_models(module, heavy):
+    "At the cost of transformers only where that is imported anyway."
+    subprocess.run([sys.executable, "-c", IMPORTS.format(module=module, heavy=heavy)], check=True)
+
+
+def test_the_packages_names():
+    assert set(heed_nb.__all__) >= {"to_hybrid", "distill", "evaluate", "CONDITIONS", "patch_density", "position_weights", "load_teacher", "Sample", "collate",
+                                    "TrainSettings"}
+    assert set(heed_nb.__all__) < set(dir(heed_nb))
+    assert heed_nb.to_hybrid is to_hybrid and heed_nb.CONDITIONS is CONDITIONS and heed_nb.load_teacher is load_teacher
+    for name in heed_nb.__all__: assert name == "CONDITIONS" or callable(getattr(heed_nb, name)), name
+    from heed_nb import evaluate  # the module, whoever imported it first, and its function
+    fails("unknown suite 'all'", evaluate, "a folder", suite="all")
+    assert "suite" in inspect.signature(evaluate).parameters and evaluate.anls
+    with pytest.raises(AttributeError, match="module 'heed_nb' has no attribute 'nothing'"): heed_nb.nothing
 
 
 # Training

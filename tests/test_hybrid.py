@@ -155,22 +155,26 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, kind):
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 def test_gradients_pass_padding_by(teacher):
-    "A padded sample's gradients are those of the sample alone, for each mixer parameter."
-    student = hybrid(teacher)
-    labels = lambda b: b["input_ids"].masked_fill((b["attention_mask"] == 0) | (b["input_ids"] == 92), -100)  # but the first, which padding would predict
+    "A sample padded on either side and inside: its gradients are those of the sample alone, for each mixer parameter."
+    student, single = hybrid(teacher), batch_of([(1, 5)])
+    single["labels"] = single["input_ids"].clone()
+    single["labels"][:, [0, -2]] = -100  # which padding would predict
+    def padded(x, fill):
+        start, end = x.tensor_split([-2], 1)
+        return torch.cat([F.pad(start, (4, 3), value=fill), F.pad(end, (0, 2), value=fill)], 1)
     def grads(batch):
         student.zero_grad()
-        student(**batch, labels=labels(batch)).loss.backward()
+        student(**batch).loss.backward()
         return {name: p.grad.clone() for name, p in mixer_parameters(student).items()}
-    single, padded = batch_of([(1, 5)]), batch_of([(1, 5)])
-    for key, fill in (("input_ids", 7), ("attention_mask", 0), ("mm_token_type_ids", 0)): padded[key] = F.pad(padded[key], (4, 2), value=fill)
-    for (name, a), b in zip(grads(single).items(), grads(padded).values()): assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+    fills = dict(input_ids=7, attention_mask=0, mm_token_type_ids=0, labels=-100)
+    batch = single | {key: padded(single[key], fill) for key, fill in fills.items()}
+    for (name, a), b in zip(grads(single).items(), grads(batch).values()): assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 @kinds
 def test_compiles_as_one_graph(kind):
     torch._dynamo.reset()
     decoder = hybrid(tiny_teacher(layers=2), mixer=kind, attention_layers=[1]).model.language_model
-    embeds, mask = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+    embeds, mask = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([[0] * 3 + [1] * 6, [1] * 3 + [0] * 4 + [1] * 2])
     def run(f):
         x = embeds.clone().requires_grad_()
         y = f(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state

@@ -1,5 +1,4 @@
 "MiniCPM-V 4.5 against plain forms of its parts, the library's own tower, and itself: alone, batched, cached, saved."
-import copy
 import json
 
 import numpy as np
@@ -10,14 +9,14 @@ from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 from transformers.vision_utils import get_vision_nearest_position_ids
 
 from heed_nb.density import patch_density
-from heed_nb.minicpm import (MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Processor, MiniCPMV45Resampler, MiniCPMVImageProcessor,
+from heed_nb.minicpm import (MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Model, MiniCPMV45Processor, MiniCPMV45Resampler, MiniCPMVImageProcessor,
     patch_positions, sincos_positions, slice_grid, slice_size)
 from heed_nb.teachers import family_of, load_teacher, paper_config
 
@@ -52,7 +51,7 @@ def tiny_model(seed=0, **fields):
         query_num=QUERIES, image_token_id=IMAGE, **fields)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.startswith(("vpm", "resampler")): p.add_(0.2 * torch.randn(p.shape))  # off their starts: norms, biases, positions matter
+            if name.startswith(("model.vpm", "model.resampler")): p.add_(0.2 * torch.randn(p.shape))  # off their starts: norms, biases, positions matter
     return model
 
 
@@ -157,36 +156,39 @@ def test_tower_is_the_librarys_on_each_slice(model):
     config = model.config.vision_config
     peer = Idefics2VisionTransformer(Idefics2VisionConfig(**{name: getattr(config, name) for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")})).eval()
-    peer.load_state_dict(model.vpm.state_dict())
+    peer.load_state_dict(model.model.vpm.state_dict())
     pixels = pixels_of(SIZES)
+    lengths = SIZES.prod(-1).tolist()
     features = model.get_image_features(pixels, SIZES).last_hidden_state
-    for (h, w), patches, ours in zip(SIZES.tolist(), pixels.split(SIZES.prod(-1).tolist()), features):
+    for (h, w), patches, ours in zip(SIZES.tolist(), pixels.split(lengths), features.split(lengths)):
         image = patches.view(h, w, 3, PATCH, PATCH).permute(2, 0, 3, 1, 4).reshape(1, 3, h * PATCH, w * PATCH)
         assert_close(ours, peer(image).last_hidden_state[0], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 3, 16])
-def test_slices_do_not_see_each_other(model, size):
-    pixels = pixels_of(SIZES)
-    model = copy.copy(model)
-    model.config = copy.deepcopy(model.config)
-    model.config.vision_batch_size = size
-    together = model.get_image_features(pixels, SIZES)
-    for i, patches in enumerate(pixels.split(SIZES.prod(-1).tolist())):
-        alone = model.get_image_features(patches, SIZES[i:i + 1])
-        for name in ("last_hidden_state", "pooler_output", "attentions"):
-            assert_close(together[name][i], alone[name][0], atol=1e-4, rtol=1e-4)
+def test_slices_do_not_see_each_other(size):
+    model, pixels = tiny_model(vision_batch_size=size), pixels_of(SIZES)
+    model.set_attn_implementation("eager")  # which shows its attention
+    lengths, collect = SIZES.prod(-1).tolist(), dict(output_hidden_states=True, output_attentions=True)
+    together = model.get_image_features(pixels, SIZES, **collect)
+    layers = [together.last_hidden_state, *together.hidden_states]
+    assert len(layers) == 5 and len(together.attentions) == 3
+    for i, patches in enumerate(pixels.split(lengths)):
+        alone = model.get_image_features(patches, SIZES[i:i + 1], **collect)
+        parts = lambda out, i: [out.pooler_output[i], out.token_attentions[i], *(layer[i] for layer in out.attentions)]
+        assert_close(parts(together, i), parts(alone, 0), atol=1e-4, rtol=1e-4)
+        assert_close([layer.split(lengths)[i] for layer in layers], [alone.last_hidden_state, *alone.hidden_states], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_the_last_layer_can_be_dropped():
     whole, dropped = tiny_model(), tiny_model(drop_vision_last_layer=True)
-    names = {name for name in whole.state_dict() if name.startswith("vpm.encoder.layers.2.")}
+    names = {name for name in whole.state_dict() if name.startswith("model.vpm.encoder.layers.2.")}
     assert names and whole.state_dict().keys() - dropped.state_dict().keys() == names
     dropped.load_state_dict({name: p for name, p in whole.state_dict().items() if name not in names})
-    whole.vpm.encoder.layers[2].self_attn.out_proj.weight.zero_(); whole.vpm.encoder.layers[2].self_attn.out_proj.bias.zero_()
-    whole.vpm.encoder.layers[2].mlp.fc2.weight.zero_(); whole.vpm.encoder.layers[2].mlp.fc2.bias.zero_()
+    whole.model.vpm.encoder.layers[2].self_attn.out_proj.weight.zero_(); whole.model.vpm.encoder.layers[2].self_attn.out_proj.bias.zero_()
+    whole.model.vpm.encoder.layers[2].mlp.fc2.weight.zero_(); whole.model.vpm.encoder.layers[2].mlp.fc2.bias.zero_()
     assert_close(*(m.get_image_features(pixels_of(SIZES), SIZES).pooler_output for m in (whole, dropped)))
 
 
@@ -322,13 +324,15 @@ def test_a_padded_batch_is_its_samples(model, processor, samples, side):
 def test_images_stand_where_their_tokens_are(model, processor, samples):
     "Embeddings, with each slice's tokens in the places of its image tokens, through Qwen3 alone."
     batch = batch_of(samples, processor)
-    embeds = model.llm.model.embed_tokens(batch["input_ids"])
+    embeds = model.get_input_embeddings()(batch["input_ids"])
     tokens = iter(model.get_image_features(batch["pixel_values"], batch["tgt_sizes"]).pooler_output.flatten(0, 1))
     for row, ids in zip(embeds, batch["input_ids"].tolist()):
         for t, token in enumerate(ids):
             if token == IMAGE: row[t] = next(tokens)
     assert next(tokens, None) is None
-    assert_close(model(**batch).logits, model.llm(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits)
+    assert_close(model(**batch).logits, model.lm_head(model.get_decoder()(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).last_hidden_state))
+    without = {name: value for name, value in batch.items() if name != "input_ids"}  # the image tokens' own embedding tells where they stand
+    assert torch.equal(model(**without, inputs_embeds=model.get_input_embeddings()(batch["input_ids"])).logits, model(**batch).logits)
 
 
 @torch.no_grad()
@@ -360,7 +364,7 @@ def test_gradients_reach_every_part(processor, samples):
     loss = model(**batch, labels=batch["input_ids"]).loss
     loss.backward()
     plain = {name: p.grad for name, p in model.named_parameters()}
-    key_bias = {f"vpm.encoder.layers.{i}.self_attn.k_proj.bias" for i in range(3)}   # adds the same to all of a row's scores
+    key_bias = {f"model.vpm.encoder.layers.{i}.self_attn.k_proj.bias" for i in range(3)}   # adds the same to all of a row's scores
     assert all(grad is not None and grad.abs().max() > 0 for name, grad in plain.items() if name not in key_bias)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     out = model(**batch, labels=labels)
@@ -376,7 +380,8 @@ def test_what_the_model_refuses(model, processor, samples):
     n = len(batch["pixel_values"])
     fails(f"pixel_values holds {n - 1} patches, but tgt_sizes gives {n}", model, **batch | dict(pixel_values=batch["pixel_values"][1:]))
     fails("the images make 54 tokens, but the text has 6 for them", model, **batch | dict(input_ids=batch["input_ids"][:2], attention_mask=None))
-    fails("images come with input_ids", model, inputs_embeds=torch.zeros(1, 2, 32), pixel_values=batch["pixel_values"], tgt_sizes=batch["tgt_sizes"])
+    fails("the images make 54 tokens, but the text has 0 for them", model, inputs_embeds=torch.zeros(1, 2, 32), pixel_values=batch["pixel_values"], tgt_sizes=batch["tgt_sizes"])
+    for given in (dict(), dict(input_ids=batch["input_ids"], inputs_embeds=torch.zeros(4, 2, 32))): fails("give either input_ids or inputs_embeds", model, **given)
     fails("MiniCPM-V 2.6 is not supported, only 4.5", MiniCPMV45Config, version=2.6)
 
 
@@ -387,11 +392,16 @@ def test_saves_and_loads_under_the_checkpoints_names(model, processor, samples, 
     batch = batch_of(samples, processor)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as f: names = set(f.keys())
-    assert names == set(model.state_dict()) and {name.split(".")[0] for name in names} == {"llm", "vpm", "resampler"}
+    assert len(names) == len(model.state_dict()) and {name.split(".")[0] for name in names} == {"llm", "vpm", "resampler"}
     assert {"llm.model.layers.0.self_attn.q_proj.weight", "llm.lm_head.weight", "vpm.encoder.layers.0.self_attn.out_proj.bias",
             "vpm.embeddings.position_embedding.weight", "vpm.post_layernorm.weight", "resampler.attn.in_proj_weight", "resampler.query", "resampler.proj", "resampler.ln_kv.bias"} <= names
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert type(loaded) is MiniCPMV45ForConditionalGeneration and torch.equal(loaded(**batch).logits, model(**batch).logits)
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(base) is MiniCPMV45Model and torch.equal(base(**batch).last_hidden_state, model.base_model(**batch).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in base.state_dict().items())
     half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half(**batch).logits.isfinite().all()
 
@@ -419,11 +429,11 @@ def test_reads_the_public_configuration(model, processor, samples, tmp_path):
 
 def test_tied_embeddings_stay_tied(tmp_path):
     model = tiny_model(tie_word_embeddings=True)
-    assert model.llm.lm_head.weight is model.get_input_embeddings().weight
+    assert model.lm_head.weight is model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert loaded.llm.lm_head.weight is loaded.get_input_embeddings().weight
-    assert torch.equal(loaded.llm.lm_head.weight, model.llm.lm_head.weight)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 # The family
@@ -451,8 +461,8 @@ def test_density_of_a_token_is_the_mean_of_what_it_looks_at(model, processor, sa
     assert not density[~visual].any()
     expected = []
     for patches, (rows, columns) in zip(batch["pixel_values"].split(batch["tgt_sizes"].prod(-1).tolist()), batch["tgt_sizes"].tolist()):
-        features = model.get_image_features(patches, torch.tensor([[rows, columns]])).last_hidden_state[0]
-        expected.append(plain_resampler(model.resampler, features, rows, columns)[1] @ patch_density(features.view(rows, columns, -1)).flatten())
+        features = model.get_image_features(patches, torch.tensor([[rows, columns]])).last_hidden_state
+        expected.append(plain_resampler(model.model.resampler, features, rows, columns)[1] @ patch_density(features.view(rows, columns, -1)).flatten())
     assert_close(density[visual], torch.cat(expected), atol=1e-5, rtol=1e-4)
     fails("reduce must be 'mean' with a resampler, got 'max'", family.density, family.language_inputs(model, batch), reduce="max")
 
@@ -502,7 +512,7 @@ def test_the_real_size_counted_by_hand():
     with torch.device("meta"): model = AutoModelForImageTextToText.from_config(paper_config("minicpm-v-4.5"))
     count = lambda part: sum(p.numel() for p in part.parameters())
     d, words, mlp, heads, kv, v, wide = 4096, 151748, 12288, 32 * 128, 8 * 128, 1152, 4304
-    assert count(model.llm) == 2 * words * d + 36 * (2 * d * heads + 2 * d * kv + 2 * 128 + 3 * d * mlp + 2 * d) + d
-    assert count(model.vpm) == (3 * 14 * 14 + 1) * v + 70 * 70 * v + 27 * (4 * (v + 1) * v + (v + 1) * wide + (wide + 1) * v + 4 * v) + 2 * v
-    assert count(model.resampler) == 64 * d + v * d + 4 * (d + 1) * d + 3 * 2 * d + d * d
+    assert count(model.model.language_model) + count(model.lm_head) == 2 * words * d + 36 * (2 * d * heads + 2 * d * kv + 2 * 128 + 3 * d * mlp + 2 * d) + d
+    assert count(model.model.vpm) == (3 * 14 * 14 + 1) * v + 70 * 70 * v + 27 * (4 * (v + 1) * v + (v + 1) * wide + (wide + 1) * v + 4 * v) + 2 * v
+    assert count(model.model.resampler) == 64 * d + v * d + 4 * (d + 1) * d + 3 * 2 * d + d * d
     assert round(count(model) / 1e9, 1) == 8.7

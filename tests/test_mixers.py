@@ -111,31 +111,46 @@ def test_gated_deltanet_is_the_one_of_transformers():
             theirs.copy_(ours)
     assert_close(mixer(u)[0], peer(u), atol=1e-4, rtol=1e-4)
 
-TURNS = [[(2, 2, 3), (1, 1, 0), (0, 1, 0), (0, 0, 2), (3, 5, 1), (0, 0, 1), (0, 3, 2)],   # padding to the left, positions, padding to the right
-         *([(left, 12, right)] for left, right in [(3, 0), (0, 3), (2, 4), (0, 9), (9, 0)])]
+TURNS = [  # of a conversation of 12 positions, 1, among padding, 0
+    ["0011000", "010", "1", "00", "000111110", "0", "0011100"],
+    ["1101", "0100", "10", "00", "01010101", "0", "10011"],
+    *([turn] for turn in ("000" + 12 * "1", 12 * "1" + "000", "00" + 12 * "1" + "0000", 12 * "1" + 9 * "0", 9 * "0" + 12 * "1",
+                          "1111110000111111", "0110111000011101110001", "1" + 9 * "0" + 10 * "1" + "01", 12 * "10"))]
 
 @kinds
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("kernel", [1, 2, 4])
 def test_padding_and_pieces_leave_no_trace(kind, init, kernel):
-    "A conversation in turns, each padded on either side: outputs, convolution and state as if there were no padding and no turns."
+    "Padding on either side and inside, a turn at a time: outputs, convolution and state as if there were no padding and no turns."
     mixer, u = mixer_of(kind, init, bias=True, conv_kernel=kernel), inputs(1, 12)
     whole = cache_for()
     y = mixer(u, past_key_values=whole)[0]
     assert_close(y, mixer(u)[0])
     for turns in TURNS:
         cache, pieces, start = cache_for(), [], 0
-        for left, real, right in turns:
-            piece = torch.full((1, left + real + right, 24), 3.0)
-            piece[:, left:left + real] = u[:, start:start + real]
-            mask = torch.tensor([[0] * left + [1] * real + [0] * right])
-            pieces.append(mixer(piece, past_key_values=cache, linear_attention_mask=None if mask.all() else mask)[0][:, left:left + real])
-            start += real
+        for turn in turns:
+            mask = torch.tensor([[int(mark) for mark in turn]])
+            piece = torch.full((1, len(turn), 24), 3.0)
+            piece[mask.bool()] = u[0, start:start + mask.sum()]
+            pieces.append(mixer(piece, past_key_values=cache, linear_attention_mask=None if mask.all() else mask)[0][mask.bool()])
+            start += mask.sum()
         close = dict.fromkeys(("atol", "rtol"), 1e-5 if len(turns) == 1 else 1e-4)
-        assert_close(torch.cat(pieces, 1), y, **close)
+        assert_close(torch.cat(pieces), y[0], **close)
         assert_close(cache.get_conv_state(0), whole.get_conv_state(0))
         assert_close(cache.get_recurrent_state(0), whole.get_recurrent_state(0), **close)
-        if len(turns) == 1: assert_close(mixer(piece, linear_attention_mask=mask)[0][:, left:left + real], y, **close)
+        if len(turns) == 1: assert_close(mixer(piece, linear_attention_mask=mask)[0][mask.bool()], y[0], **close)
+
+@kinds
+def test_rows_with_other_holes(kind):
+    "Outputs and gradients of a batch in which each row is padded in its own way are those of its rows alone."
+    mixer, u, masks = mixer_of(kind, bias=True), inputs(4, 13), torch.tensor([[1] * 13, [0] * 4 + [1] * 9, [1] * 3 + [0] * 5 + [1] * 5, [0, 1, 0, 0] + [1, 0, 1] * 3])
+    def run(f):
+        mixer.zero_grad()
+        y = f()
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in mixer.parameters())]
+    alone = lambda: torch.cat([mixer(row[mask][None])[0][0] for row, mask in zip(u, masks.bool())])
+    for a, b in zip(run(lambda: mixer(u, linear_attention_mask=masks)[0][masks.bool()]), run(alone)): assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 @kinds
 @pytest.mark.parametrize("kernel", [1, 4])
@@ -172,11 +187,12 @@ def test_grouped_heads_are_repeated_in_place(kind):
 @kinds
 def test_a_mixing_matrix_passes_padding_by(kind):
     mixer, u = mixer_of(kind, bias=True), inputs(1, 7)
-    padded = torch.cat([torch.full((1, 2, 24), 3.0), u, torch.full((1, 3, 24), 3.0)], 1)
-    mask = torch.tensor([[0] * 2 + [1] * 7 + [0] * 3])
-    matrix = mixer.mixing_matrix(padded, mask)
-    assert_close(matrix[..., 2:9, 2:9], mixer.mixing_matrix(u), atol=1e-5, rtol=1e-4)
-    assert matrix[..., 2:9, :2].abs().max() == 0 and matrix[..., 2:9, 9:].abs().max() == 0
+    mask = torch.tensor([0] * 2 + [1] * 3 + [0] * 2 + [1] * 4 + [0] * 3).bool()
+    padded = torch.full((1, 14, 24), 3.0)
+    padded[:, mask] = u
+    rows = mixer.mixing_matrix(padded, mask[None])[:, :, mask]
+    assert_close(rows[..., mask], mixer.mixing_matrix(u), atol=1e-5, rtol=1e-4)
+    assert rows[..., ~mask].abs().max() == 0
 
 @kinds
 def test_a_mixing_matrix_trains_what_makes_it(kind):
