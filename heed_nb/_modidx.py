@@ -285,6 +285,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'heed_nb.minicpm.MiniCPMV45ForConditionalGeneration.get_image_features': ( 'minicpm.html#minicpmv45forconditionalgeneration.get_image_features',
                                                                                                             'heed_nb/minicpm.py'),
                                  'heed_nb.minicpm.MiniCPMV45ImageFeatures': ('minicpm.html#minicpmv45imagefeatures', 'heed_nb/minicpm.py'),
+                                 'heed_nb.minicpm.MiniCPMV45ImageFeatures.of': ( 'minicpm.html#minicpmv45imagefeatures.of',
+                                                                                 'heed_nb/minicpm.py'),
                                  'heed_nb.minicpm.MiniCPMV45Model': ('minicpm.html#minicpmv45model', 'heed_nb/minicpm.py'),
                                  'heed_nb.minicpm.MiniCPMV45Model.__init__': ( 'minicpm.html#minicpmv45model.__init__',
                                                                                'heed_nb/minicpm.py'),

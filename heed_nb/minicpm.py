@@ -249,6 +249,7 @@ def sincos_positions(
     x, y = (torch.cat([w.sin(), w.cos()], -1) for w in waves)
     return torch.cat([x[None].expand(rows, -1, -1), y[:, None].expand(-1, columns, -1)], -1).flatten(0, 1)
 
+# %% ../nbs/25_minicpm.ipynb #c024a
 class MiniCPMV45QueryPooling(nn.Module):
     "Cross attention with the parameters of `nn.MultiheadAttention`, which reads its output projection's weights without calling it."
     def __init__(self, embed_dim: int, num_heads: int):
@@ -272,6 +273,7 @@ class MiniCPMV45QueryPooling(nn.Module):
         attention = scores.masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
         return self.out_proj((attention @ v).transpose(1, 2).flatten(2)), attention.mean(1)
 
+# %% ../nbs/25_minicpm.ipynb #c024b
 class MiniCPMV45Resampler(nn.Module):
     "One cross attention from learned queries to a slice's patches."
     def __init__(self, num_queries: int, embed_dim: int, num_heads: int, kv_dim: int):
@@ -303,6 +305,15 @@ class MiniCPMV45ImageFeatures(BaseModelOutputWithPooling):
     hidden_states: tuple[Tensor, ...] | None = None        # if asked for: as last_hidden_state, before and after each layer of the tower
     attentions: tuple[list[Tensor], ...] | None = None     # if asked for: by layer, each slice's [heads, h * w, h * w]
     token_attentions: tuple[Tensor, ...] | None = None     # the resampler's: each slice's [query_num, h * w], heads averaged
+
+    @classmethod
+    def of(cls, towers, masks, tokens, attentions):
+        "From what the tower and the resampler gave for each part of a batch, with the masks of its patches."
+        unpadded = lambda parts: torch.cat([x[mask] for x, mask in zip(parts, masks)])
+        square = lambda parts: [a[:, m][..., m] for part, mask in zip(parts, masks) for a, m in zip(part, mask)]
+        def by_layer(name, f): return None if getattr(towers[0], name) is None else tuple(map(f, zip(*(getattr(out, name) for out in towers))))
+        read = tuple(a[:, m] for attention, mask in zip(attentions, masks) for a, m in zip(attention, mask))
+        return cls(unpadded(out.last_hidden_state for out in towers), torch.cat(tokens), by_layer("hidden_states", unpadded), by_layer("attentions", square), read)
 
 class MiniCPMV45PreTrainedModel(PreTrainedModel):
     "What the classes with and without head share."
@@ -346,18 +357,12 @@ class MiniCPMV45Model(MiniCPMV45PreTrainedModel):
         "What tower and resampler make of each slice. Raises ValueError if pixels and sizes do not match."
         if (patches := int(tgt_sizes.prod(-1).sum())) != len(pixel_values):
             raise ValueError(f"pixel_values holds {len(pixel_values)} patches, but tgt_sizes gives {patches}")
-        outs, tokens, token_attentions, masks = [], [], [], []
+        outs = []
         for sizes in tgt_sizes.split(self.config.vision_batch_size):
             patches, pixel_values = pixel_values.tensor_split([int(sizes.prod(-1).sum())])
             out, mask = self.vpm(patches, sizes, **kwargs | dict(return_dict=True)), patch_mask(sizes, pixel_values.device)
-            made, attention = self.resampler(out.last_hidden_state, mask, sizes)
-            outs.append(out); masks.append(mask); tokens.append(made)
-            token_attentions += [a[:, m] for a, m in zip(attention, mask)]
-        unpadded = lambda parts: torch.cat([x[mask] for x, mask in zip(parts, masks)])
-        each = lambda parts: [a[:, m][..., m] for part, mask in zip(parts, masks) for a, m in zip(part, mask)]
-        by_layer = lambda name, f: None if getattr(outs[0], name) is None else tuple(map(f, zip(*(getattr(out, name) for out in outs))))
-        return MiniCPMV45ImageFeatures(unpadded(out.last_hidden_state for out in outs), torch.cat(tokens), by_layer("hidden_states", unpadded),
-                                       by_layer("attentions", each), tuple(token_attentions))
+            outs.append((out, mask, *self.resampler(out.last_hidden_state, mask, sizes)))
+        return MiniCPMV45ImageFeatures.of(*zip(*outs))
 
     def image_positions(
         self,
