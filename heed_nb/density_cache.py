@@ -24,10 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
+
+from .samples import BadSample, samples_of, viewed_images
 
 # %% ../nbs/91_weight_cache.ipynb #c005
 LEVELS = np.arange(16.0)
@@ -362,16 +363,13 @@ class DensityCache(Mapping):
 
 # %% ../nbs/91_weight_cache.ipynb #c023
 def density_key(
-    images: Sequence[Image.Image],  # of the sample, in order
+    images: Sequence,               # of the sample, in order
     identity: dict[str, str],       # of the cache
     tokens: Sequence[Tensor] = (),  # what else its record depends on: token ids and labels, for sensitivities
 ) -> str:                           # 24 hexadecimal digits
-    "The key of a sample in a cache. Raises ValueError on what is not a PIL image."
+    "The key of a sample in a cache. Raises ValueError on an image that can't be decoded."
     digest = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12)
-    for image in images:
-        if not isinstance(image, Image.Image): raise ValueError(f"a key is made from PIL images, got {type(image).__name__}")
-        about = (image.mode, image.size, image.getpalette(), image.info.get("transparency"), image.getexif().get(0x0112))  # how it lies
-        digest.update(b"\0" + repr(about).encode() + b"\0" + image.tobytes())
+    for image in viewed_images(list(images)) or []: digest.update(b"\0" + repr(image.size).encode() + b"\0" + image.tobytes())
     for ids in tokens: digest.update(b"\1" + repr(tuple(ids.shape)).encode() + ids.long().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -391,13 +389,14 @@ def _new_densities(cache, densities, keys, samples):
         new = dict(zip(keys(samples, cache.identity), samples, strict=True))
         new = {key: sample for key, sample in new.items() if key not in cache}
         return [(key, np.asarray(rho)) for key, rho in zip(new, densities(list(new.values())), strict=True)] if new else []
-    except (ValueError, OSError) as error:  # OSError: an image that can't be decoded
+    except BadSample as error: return error
+    except (ValueError, OSError) as error:
         alone = (_new_densities(cache, densities, keys, [sample]) for sample in samples if len(samples) > 1)
         return next((found for found in alone if isinstance(found, ValueError)), ValueError(f"{error}, in sample{'s' * (len(samples) > 1)} {', '.join(sample.key for sample in samples)}"))
 
 def build(
     path: str | Path,
-    dataset,                                           # map-style; samples with `key` and `images`
+    dataset,                                           # of samples with `key` and `images`, or of rows
     densities: Callable[[list], list[Tensor]],         # samples -> the density of each, [tokens]
     identity: dict[str, str],                          # what the densities depend on
     *,
@@ -408,6 +407,7 @@ def build(
     progress: bool = True,                             # show a bar
 ) -> "DensityCache":
     "The cache of a data set, built or completed. Raises what `DensityCacheWriter` raises, ValueError naming the sample where `densities` fails or an image can't be decoded; what was computed is kept."
+    dataset = samples_of(dataset)
     indices = list(range(len(dataset)) if indices is None else indices)
     with DensityCacheWriter(path, identity) as writer:
         loader = DataLoader(dataset, batch_sampler=BatchSampler(indices, batch_size, drop_last=False), num_workers=processes,

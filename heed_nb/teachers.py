@@ -9,7 +9,6 @@ __all__ = ['FAMILIES', 'CONFIGS', 'ImageOnly', 'ImageOnlyQwen3VLProcessor', 'Ima
 
 # %% ../nbs/26_teachers.ipynb #c002
 import json
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -18,25 +17,22 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Glm4vProcessor, InternVLProcessor, PreTrainedConfig, Qwen3VLProcessor
-from transformers.image_utils import get_image_size, make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 import heed_nb
 from .density import patch_density
-from .minicpm import MiniCPMV45Processor, decoded_images
+from .minicpm import MiniCPMV45Processor, ViewedImages
 
 # %% ../nbs/26_teachers.ipynb #c005
-class ImageOnly:
+class ImageOnly(ViewedImages):
     """Mixin before a family's processor: images and text, no video, so no torchvision.
 
-    Raises ValueError if the tokenizer lacks a vision token, on videos, and on an image that can't be decoded, is smaller than
-    a merge block or longer than `aspect_limit` allows."""
+    Raises ValueError if the tokenizer lacks a vision token, on videos, and on an image that can't be decoded or is longer
+    than `aspect_limit` allows."""
     vision_tokens = {}        # by the processor's name for a token: the tokenizer's, and the token itself where the tokenizer has no name for it
-    aspect_limit = math.inf   # the long side over the short one
 
     # ProcessorMixin asks for the parts that this signature names
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
@@ -50,19 +46,11 @@ class ImageOnly:
 
     __call__, create_mm_token_type_ids = ProcessorMixin.__call__, ProcessorMixin.create_mm_token_type_ids  # the stock ones look for videos
 
-    @property
-    def block_pixels(self) -> int:
-        "The side of a merge block, which becomes one token."
-        return self.image_processor.patch_size * self.image_processor.merge_size
-
-    def prepare_inputs_layout(self, images=None, videos=None, **kwargs):
-        if videos is not None: raise ValueError("videos are not supported, only images")
-        images, *rest = super().prepare_inputs_layout(images=decoded_images(images), **kwargs)
-        for i, image in enumerate([] if images is None else make_flat_list_of_images(images)):
-            height, width = image.size[::-1] if isinstance(image, Image.Image) else get_image_size(image)
-            short, long = sorted((height, width))
-            if short < self.block_pixels: raise ValueError(f"image {i} is {width}x{height} pixels; a side needs {self.block_pixels} at least, one merge block")
-            if long > self.aspect_limit * short: raise ValueError(f"image {i} is {width}x{height} pixels; the long side may be {self.aspect_limit} times the short one at most")
+    def prepare_inputs_layout(self, **kwargs):
+        images, *rest = super().prepare_inputs_layout(**kwargs)
+        for i, image in enumerate(images or []):
+            if max(image.size) > self.aspect_limit * min(image.size):
+                raise ValueError(f"image {i} is {image.width}x{image.height} pixels; the long side may be {self.aspect_limit} times the short one at most")
         return images, *rest
 
 class ImageOnlyQwen3VLProcessor(ImageOnly, Qwen3VLProcessor):
@@ -83,9 +71,6 @@ class ImageOnlyInternVLProcessor(ImageOnly, InternVLProcessor):
     def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None, **kwargs):
         self.image_seq_length = image_seq_length  # tokens a tile
         super().__init__(image_processor, tokenizer, chat_template)
-
-    @property
-    def block_pixels(self): return self.image_processor.size.height // math.isqrt(self.image_seq_length)
 
 # %% ../nbs/26_teachers.ipynb #c011
 @dataclass

@@ -45,6 +45,7 @@ from .files import save_parts, sync, write_file
 from .sensitivity import compress, expand, gradient_weights, residual_sensitivity
 from .hybrid import mixer_parameters, pair_with_teacher, teacher_path, transferred_parameters, unpair
 from .losses import answer_risk, kd_terms, matrix_orientation, next_is_text, record_inputs, record_outputs, residual_alignment
+from .samples import samples_of
 from .teachers import Family, LanguageInputs, family_of
 
 # %% ../nbs/32_trainer.ipynb #c005
@@ -719,7 +720,7 @@ class OutOfTime(Exception):
 def distill(
     student: nn.Module,        # from to_hybrid; it is trained in place
     teacher: nn.Module,        # it was made from this one
-    dataset,                   # map-style, with or without an end
+    dataset,                   # of `Sample`s, or of rows with messages, read by index; with or without an end
     collate: Callable,         # samples -> batch with input_ids, attention_mask, labels, images, keys
     condition: Condition,
     settings: TrainSettings,
@@ -732,8 +733,9 @@ def distill(
     """Distils the teacher into the student and saves it in `out`/student.
 
     Raises OutOfTime at the deadline; ValueError on a condition that can't be trained or is not the student's, a cache that is not the teacher's, a folder in use or of
-    another run, a bad sample; FloatingPointError on a loss that is not finite; OSError on a full disk. Earlier results stay as they are."""
+    another run, what is no data set, a bad sample; FloatingPointError on a loss that is not finite; OSError on a full disk. Earlier results stay as they are."""
     check_trainable(condition)
+    dataset = samples_of(dataset)
     if settings.precision == "fp32" and student.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"the student is in {student.dtype}, precision is fp32: load the teacher in float32, or set precision to bf16")
     if (built := student.config.get_text_config().mixer) != condition.mixer:

@@ -659,7 +659,7 @@ def test_processes_build_one_file(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_can_not_be_decoded_is_named(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # what lmms-eval sets
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval sets it
     image, buffer = Image.effect_noise((64, 64), 50), io.BytesIO()
     image.save(buffer, "PNG")
 
@@ -670,7 +670,7 @@ def test_an_image_that_can_not_be_decoded_is_named(tmp_path, monkeypatch, worker
                 page.images = [Image.open(io.BytesIO(buffer.getvalue()[:2000]))]
             return page
 
-    with pytest.raises(ValueError, match="^image file is truncated.*, in sample page-6$"):
+    with pytest.raises(ValueError, match="^can't decode image 0: image file is truncated.*, in sample page-6$"):
         build(tmp_path / "cache", Truncated(), ramp, IDENTITY, indices=range(12), processes=workers, batch_size=4, progress=False)
     assert len(DensityCache(tmp_path / "cache")) == 4
 
