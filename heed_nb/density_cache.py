@@ -8,12 +8,10 @@ __all__ = ['LEVELS', 'HALVES', 'FILE', 'RECORD', 'FILE_MAGIC', 'RECORD_MAGIC', '
            'build', 'merge']
 
 # %% ../nbs/14_density_cache.ipynb #c002
-import fcntl
 import json
 import mmap
 import os
 import struct
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -28,6 +26,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
+
+from .files import hold
 
 # %% ../nbs/14_density_cache.ipynb #c005
 LEVELS = np.arange(16.0)
@@ -189,9 +189,6 @@ def _check_identity(
             raise ValueError(f"{path} was made with {name} {found.get(name)!r}, not {wanted.get(name)!r}; choose another path, or remove it to build it anew")
 
 # %% ../nbs/14_density_cache.ipynb #c014
-_WRITERS = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [writer._file.close() for writer in _WRITERS])
-
 class DensityCacheWriter:
     """Appends records to a density cache; a context manager. `key in writer` and `len(writer)` count what the file held before, too.
 
@@ -208,13 +205,11 @@ class DensityCacheWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
         try:
-            try: fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: raise ValueError(f"another writer holds {self.path}; wait for it or choose another path") from None
+            hold(self._file, f"another writer holds {self.path}; wait for it or choose another path")
             self._begin(identity) if os.fstat(self._file.fileno()).st_size == 0 else self._resume(identity)
         except BaseException:
             self._file.close()
             raise
-        _WRITERS.add(self)
 
     def _begin(self, identity):
         self.identity, self._records = identity or {}, {}
