@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
 from .files import hold
@@ -378,10 +378,21 @@ def image_keys(
     "The keys under which a cache of densities holds these samples."
     return [density_key(sample.images, identity) for sample in samples]
 
+class _Read(Dataset):
+    "A data set's samples; where one can't be read the error, since one that a worker raises loses its plain line."
+    def __init__(self, dataset): self.dataset = dataset
+
+    def __getitem__(self, index: int):
+        try: return self.dataset[index]
+        except Exception as error:
+            return ValueError(f"{'' if isinstance(error, (ValueError, OSError)) else type(error).__name__ + ': '}{error}, in sample {index}")
+
 def _new_densities(cache, densities, keys, samples):
     """Keys and densities of the samples that the cache lacks; the error if there is one, since one that a worker raises loses its plain line.
 
     Where one of several samples is to blame, each is tried alone, so that the error names it."""
+    for sample in samples:
+        if isinstance(sample, ValueError): return sample
     try:
         new = dict(zip(keys(samples, cache.identity), samples, strict=True))
         new = {key: sample for key, sample in new.items() if key not in cache}
@@ -405,7 +416,7 @@ def build(
     "The cache of a data set, built or completed. Raises what `DensityCacheWriter` raises, ValueError naming the sample where `densities` fails or an image can't be decoded; what was computed is kept."
     indices = list(range(len(dataset)) if indices is None else indices)
     with DensityCacheWriter(path, identity) as writer:
-        loader = DataLoader(dataset, batch_sampler=BatchSampler(indices, batch_size, drop_last=False), num_workers=processes,
+        loader = DataLoader(_Read(dataset), batch_sampler=BatchSampler(indices, batch_size, drop_last=False), num_workers=processes,
                             collate_fn=partial(_new_densities, DensityCache(path), densities, keys))
         with tqdm(total=len(indices), unit="sample", disable=not progress, mininterval=1) as bar:
             for batch in loader:

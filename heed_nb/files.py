@@ -26,7 +26,9 @@ def hold(
     *,
     wait: bool = False,  # until it is free, with a line on stderr that says so
 ) -> None:
-    "Locks an open file until it is closed. Raises ValueError if another thread or process holds it; OSError where the disk has no locks."
+    """Locks an open file until it is closed.
+
+    Raises ValueError if another thread or process holds it, OSError where the disk has no locks."""
     _HELD.add(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +62,9 @@ def locked(
     *,
     wait: bool = False,          # until it is free
 ) -> Iterator[None]:
-    "Hold a folder's lock. Raises ValueError if another thread or process holds it, OSError where the disk has no locks."
+    """Hold a folder's lock.
+
+    Raises ValueError if another thread or process holds it, OSError where the disk has no locks."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
