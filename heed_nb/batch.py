@@ -6,7 +6,7 @@
 __all__ = ['SMOKE', 'Choice', 'open_points', 'choices', 'Run', 'notebook_parameters', 'Batch', 'alone', 'run_notebook']
 
 # %% ../nbs/62_batch.ipynb #c002
-import ast, fcntl, io, json, sys, traceback
+import ast, io, json, sys, traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from .conditions import SPEED_ONLY, Scale, get_condition, load_scale
-from .files import write_file
+from .files import locked, write_file
 from .results import PAPER, read_run, root, run_name
 
 # %% ../nbs/62_batch.ipynb #c005
@@ -188,13 +188,8 @@ def alone(
     scale: Scale,
 ) -> Iterator[None]:
     "Inside, no other batch begins at the scale. Raises ValueError if one is at work; of one that was killed nothing is left."
-    folder = root() / "outputs" / scale.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another batch is running at scale {scale.name}; wait for it or stop it") from None
+    refusal = f"another batch is running at scale {scale.name}; wait for it or stop it"
+    with locked(root() / "outputs" / scale.name, refusal):
         yield
 
 # %% ../nbs/62_batch.ipynb #c017

@@ -221,7 +221,7 @@ def checked(
     return value
 
 
-SPEED_ONLY = ("workers", "checkpoint_every")  # fields of TrainSettings that change no number
+SPEED_ONLY = ("workers", "checkpoint_every", "skip_bad")  # fields of TrainSettings that change no number
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,7 @@ class TrainSettings:
     threads: int | None = None               # of torch on a CPU; None: as they are
     workers: int = 0                         # processes that prepare batches ahead; 0: the training process does
     checkpoint_every: int = 100              # steps
+    skip_bad: float = 0.0                    # the largest share of samples that may be skipped as bad; 0: the first one ends the run
 
     def __post_init__(self):
         for f in fields(self):
@@ -267,7 +268,7 @@ class TrainSettings:
         for name in ("text_boost", "temper", "weight_decay", "kl_weight", "ce_weight", "workers"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 0 or more")
-        for name in ("warmup", "min_lr_ratio", "orient_share"):
+        for name in ("warmup", "min_lr_ratio", "orient_share", "skip_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must lie in 0..1")
         if len(self.stages) != 3 or min(self.stages) < 0 or abs(sum(self.stages) - 1) > 1e-9:

@@ -8,12 +8,10 @@ __all__ = ['LEVELS', 'HALVES', 'FILE', 'RECORD', 'FILE_MAGIC', 'RECORD_MAGIC', '
            'build', 'merge']
 
 # %% ../nbs/91_weight_cache.ipynb #c002
-import fcntl
 import json
 import mmap
 import os
 import struct
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -25,9 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
+from .files import hold
 from .samples import BadSample, samples_of, viewed_images
 
 # %% ../nbs/91_weight_cache.ipynb #c005
@@ -190,9 +189,6 @@ def _check_identity(
             raise ValueError(f"{path} was made with {name} {found.get(name)!r}, not {wanted.get(name)!r}; choose another path, or remove it to build it anew")
 
 # %% ../nbs/91_weight_cache.ipynb #c014
-_WRITERS = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [writer._file.close() for writer in _WRITERS])
-
 class DensityCacheWriter:
     """Appends records to a density cache; a context manager. `key in writer` and `len(writer)` count what the file held before, too.
 
@@ -209,13 +205,11 @@ class DensityCacheWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
         try:
-            try: fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: raise ValueError(f"another writer holds {self.path}; wait for it or choose another path") from None
+            hold(self._file, f"another writer holds {self.path}; wait for it or choose another path")
             self._begin(identity) if os.fstat(self._file.fileno()).st_size == 0 else self._resume(identity)
         except BaseException:
             self._file.close()
             raise
-        _WRITERS.add(self)
 
     def _begin(self, identity):
         self.identity, self._records = identity or {}, {}
@@ -381,10 +375,21 @@ def image_keys(
     "The keys under which a cache of densities holds these samples."
     return [density_key(sample.images, identity) for sample in samples]
 
+class _Read(Dataset):
+    "A data set's samples; where one can't be read the error, since one that a worker raises loses its plain line."
+    def __init__(self, dataset): self.dataset = dataset
+
+    def __getitem__(self, index: int):
+        try: return self.dataset[index]
+        except Exception as error:
+            return ValueError(f"{'' if isinstance(error, (ValueError, OSError)) else type(error).__name__ + ': '}{error}, in sample {index}")
+
 def _new_densities(cache, densities, keys, samples):
     """Keys and densities of the samples that the cache lacks; the error if there is one, since one that a worker raises loses its plain line.
 
     Where one of several samples is to blame, each is tried alone, so that the error names it."""
+    for sample in samples:
+        if isinstance(sample, ValueError): return sample
     try:
         new = dict(zip(keys(samples, cache.identity), samples, strict=True))
         new = {key: sample for key, sample in new.items() if key not in cache}
@@ -410,7 +415,7 @@ def build(
     dataset = samples_of(dataset)
     indices = list(range(len(dataset)) if indices is None else indices)
     with DensityCacheWriter(path, identity) as writer:
-        loader = DataLoader(dataset, batch_sampler=BatchSampler(indices, batch_size, drop_last=False), num_workers=processes,
+        loader = DataLoader(_Read(dataset), batch_sampler=BatchSampler(indices, batch_size, drop_last=False), num_workers=processes,
                             collate_fn=partial(_new_densities, DensityCache(path), densities, keys))
         with tqdm(total=len(indices), unit="sample", disable=not progress, mininterval=1) as bar:
             for batch in loader:

@@ -27,8 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedTokenizerFast
@@ -37,10 +35,11 @@ from transformers.processing_utils import ProcessorMixin
 
 from .conditions import FINE_GRAINED, REASONING, REGIMES
 from .data import Sample, collate
-from .files import save_parts
+from .files import TEMPORARY, locked, save_parts
 from .losses import record_inputs, record_outputs
 from .minicpm import MiniCPMVImageProcessor
 from .teachers import Family, family_class, family_of, load_teacher
+from .trainer import check_launch, drop_newer, load_checkpoint, save_checkpoint
 
 # %% ../nbs/42_toyworld.ipynb #c005
 SIDE, PATCH = 96, 8  # pixels: 12 x 12 patches, 6 x 6 visual tokens
@@ -565,64 +564,70 @@ def train_teacher(
     device: str = "cpu",
     config: dict | None = None,    # fields of teacher_config
 ) -> dict:                         # parameters, train_seconds, history: [phase, step, loss, share right]
-    "Trains the toy teacher into `out` (bf16 weights, tokenizer, processor; an earlier teacher's stay until all are written); resumes from its checkpoint. Raises ValueError on one of a teacher with other arguments."
+    """Trains the toy teacher into `out`: bf16 weights, tokenizer, processor. An earlier teacher's stay until all are written.
+
+    Resumes from its checkpoint. Raises ValueError on one of a teacher with other arguments, a folder in use, a launcher
+    of several processes."""
     given = json.loads(json.dumps(dict(model_type=model_type, start=start, read_steps=read_steps, answer_steps=answer_steps, settle_steps=settle_steps,
                                        mlp_weight=mlp_weight, batch_size=batch_size, lr=lr, seed=seed, kinds=list(kinds), config=config), default=str))
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    process = processor(model_type)
-    model = AutoModelForImageTextToText.from_config(teacher_config(process.tokenizer, model_type=model_type, **config or {})).to(device)
-    family = family_of(model)
-    heads = torch.nn.Linear(model.config.text_config.hidden_size, sum(READ_OUT)).to(device)
-    parameters = dict(model.named_parameters()) | {f"heads.{n}": p for n, p in heads.named_parameters()}
-    decoder = {id(p) for part in (family.decoder(model), family.lm_head(model)) for p in part.parameters()}
-    if start: _start_from(family.decoder(model), start)
-    if TOYS[model_type].positions: _sines(model.get_parameter(TOYS[model_type].positions))
-    checkpoint, history, spent, began = out / "checkpoint.safetensors", [], 0., time.perf_counter()
-    phases = {"read": (range(read_steps), lr), "answer": (range(answer_steps), lr), "settle": (range(answer_steps, answer_steps + settle_steps), lr * 2 / 3)}
-    for phase, (pages, peak) in phases.items():
-        for name, p in parameters.items(): p.requires_grad_((id(p) in decoder) == (phase != "read"))
-        trained = {n: p for n, p in parameters.items() if p.requires_grad}
-        matrices = [n for n, p in trained.items() if p.ndim == 2 and not any(part in n for part in ("embed", "heads", "lm_head"))]
-        muon = Muon([trained[n] for n in matrices], peak)
-        adamw = torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], peak, betas=(.9, .98), weight_decay=.01)
-        state = {n: (muon if n in matrices else adamw).state[p] for n, p in trained.items()}
-        first, steps = 0, len(pages)
-        if checkpoint.exists():
-            with safe_open(checkpoint, "pt") as f: saved = json.loads(f.metadata()["state"])
+    check_launch(1)
+    with locked(out):
+        torch.manual_seed(seed)
+        process = processor(model_type)
+        model = AutoModelForImageTextToText.from_config(teacher_config(process.tokenizer, model_type=model_type, **config or {})).to(device)
+        family = family_of(model)
+        heads = torch.nn.Linear(model.config.text_config.hidden_size, sum(READ_OUT)).to(device)
+        parameters = dict(model.named_parameters()) | {f"heads.{n}": p for n, p in heads.named_parameters()}
+        decoder = {id(p) for part in (family.decoder(model), family.lm_head(model)) for p in part.parameters()}
+        if start: _start_from(family.decoder(model), start)
+        if TOYS[model_type].positions: _sines(model.get_parameter(TOYS[model_type].positions))
+        history, spent, began = [], 0., time.perf_counter()
+        tensors, saved = load_checkpoint(out) or ({}, None)
+        if saved:
             for name, value in given.items():
-                if (theirs := saved.get("given", {}).get(name)) != value: raise ValueError(f"{checkpoint} is of a teacher with {name} = {theirs!r}, this one has {value!r}; remove it")
-            if list(phases).index(saved["phase"]) > list(phases).index(phase): continue
-            tensors = load_file(checkpoint, device)
-            for name, p in parameters.items(): p.data.copy_(tensors[name])
-            if saved["phase"] == phase:
-                first, history, spent, began = saved["step"], saved["history"], saved["seconds"], time.perf_counter()
-                for n, of_n in state.items(): of_n.update({k: tensors[f"{k}/{n}"] for k in ("momentum", "step", "exp_avg", "exp_avg_sq") if f"{k}/{n}" in tensors})
-        batches = torch.utils.data.DataLoader(
-            _Batches(Documents(seed, kinds=kinds), process, phase, batch_size), batch_size=None, sampler=pages[first:], num_workers=1,
-            generator=torch.Generator().manual_seed(0))
-        bar = tqdm(batches, desc=phase, initial=first, total=steps)
-        for step, batch in enumerate(bar, first + 1):
-            batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
-            loss, right = _read_loss(family, model, heads, batch) if phase == "read" else _answer_loss(family, model, batch, mlp_weight * (phase == "settle"))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained.values(), 1.)
-            for group in (*muon.param_groups, *adamw.param_groups): group["lr"] = peak * min(step / (.02 * steps), .5 + .5 * math.cos(math.pi * (step - 1) / steps))
-            muon.step()
-            adamw.step()
-            for p in trained.values(): p.grad = None
-            if step % 10 == 0:
-                history.append([phase, step, loss.item(), right.item()])
-                bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right.item():.3f}")
-            if step % checkpoint_every == 0 or step == steps:
-                moments = {f"{k}/{n}": v for n, of_n in state.items() for k, v in of_n.items()}
-                temporary = checkpoint.with_suffix(".partial")
-                save_file({**{n: p.data for n, p in parameters.items() if n != "lm_head.weight"}, **moments}, temporary,
-                          {"state": json.dumps(dict(given=given, phase=phase, step=step, history=history, seconds=spent + time.perf_counter() - began))})
-                temporary.replace(checkpoint)
-    for p in parameters.values(): p.requires_grad_(True)
-    saved = save_parts(out / "saved.tmp", model.to(torch.bfloat16), process)
-    for file in saved.iterdir(): file.replace(out / file.name)
-    saved.rmdir()
-    return dict(parameters=sum(p.numel() for p in model.parameters()), train_seconds=round(spent + time.perf_counter() - began), history=history)
+                if (theirs := saved["given"][name]) != value:
+                    raise ValueError(f"{out / 'checkpoint'} is of a teacher with {name} = {theirs!r}, "
+                                     f"this one has {value!r}; remove it")
+            drop_newer(out, saved["step"])
+        phases = {"read": (range(read_steps), lr), "answer": (range(answer_steps), lr), "settle": (range(answer_steps, answer_steps + settle_steps), lr * 2 / 3)}
+        done = 0  # steps of the phases before
+        for phase, (pages, peak) in phases.items():
+            for name, p in parameters.items(): p.requires_grad_((id(p) in decoder) == (phase != "read"))
+            trained = {n: p for n, p in parameters.items() if p.requires_grad}
+            matrices = [n for n, p in trained.items() if p.ndim == 2 and not any(part in n for part in ("embed", "heads", "lm_head"))]
+            muon = Muon([trained[n] for n in matrices], peak)
+            adamw = torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], peak, betas=(.9, .98), weight_decay=.01)
+            state = {n: (muon if n in matrices else adamw).state[p] for n, p in trained.items()}
+            first, steps, before = 0, len(pages), done
+            done += steps
+            if saved and list(phases).index(saved["phase"]) > list(phases).index(phase): continue
+            if saved and saved["phase"] == phase:
+                first, history, spent, began = saved["step"] - before, saved["history"], saved["seconds"], time.perf_counter()
+                for name, p in parameters.items(): p.data.copy_(tensors[name])
+                for n, of_n in state.items(): of_n.update({k: tensors[f"{k}/{n}"].to(device) for k in ("momentum", "step", "exp_avg", "exp_avg_sq") if f"{k}/{n}" in tensors})
+            batches = torch.utils.data.DataLoader(
+                _Batches(Documents(seed, kinds=kinds), process, phase, batch_size), batch_size=None, sampler=pages[first:], num_workers=1,
+                generator=torch.Generator().manual_seed(0))
+            bar = tqdm(batches, desc=phase, initial=first, total=steps)
+            for step, batch in enumerate(bar, first + 1):
+                batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+                loss, right = _read_loss(family, model, heads, batch) if phase == "read" else _answer_loss(family, model, batch, mlp_weight * (phase == "settle"))
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained.values(), 1.)
+                for group in (*muon.param_groups, *adamw.param_groups): group["lr"] = peak * min(step / (.02 * steps), .5 + .5 * math.cos(math.pi * (step - 1) / steps))
+                muon.step()
+                adamw.step()
+                for p in trained.values(): p.grad = None
+                if step % 10 == 0:
+                    history.append([phase, step, loss.item(), right.item()])
+                    bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right.item():.3f}")
+                if step % checkpoint_every == 0 or step == steps:
+                    moments = {f"{k}/{n}": v for n, of_n in state.items() for k, v in of_n.items()}
+                    save_checkpoint(out, {n: p.data for n, p in parameters.items()} | moments,
+                                    dict(given=given, phase=phase, step=before + step, history=history, seconds=spent + time.perf_counter() - began))
+        for p in parameters.values(): p.requires_grad_(True)
+        saved = save_parts(out / f".saved{TEMPORARY}", model.to(torch.bfloat16), process)
+        for file in saved.iterdir(): file.replace(out / file.name)
+        saved.rmdir()
+        return dict(parameters=sum(p.numel() for p in model.parameters()), train_seconds=round(spent + time.perf_counter() - began), history=history)

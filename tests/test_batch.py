@@ -1,10 +1,12 @@
 "The smoke batch end to end, and its faults: wrong choices, a failing run, SIGKILL, two batches at once."
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -35,10 +37,27 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def until(condition, seconds=300):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "it never came"
+# Put in front of PYTHONPATH: a process stops, as by SIGSTOP, before it puts its second checkpoint in place.
+STOP = """
+import os, signal, sys
+checkpoints = []
+
+def stop(event, args):
+    if event == "os.rename" and "step-" in str(args[1]):
+        checkpoints.append(args[1])
+        if len(checkpoints) == 2: os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.addaudithook(stop)
+"""
+
+
+def stopped(engine):
+    "Waits until a process below the engine has stopped; all that are below it."
+    while True:
+        assert engine.poll() is None, engine.communicate()[0]
+        below = engine.children(recursive=True)
+        with suppress(psutil.NoSuchProcess):
+            if any(process.status() == psutil.STATUS_STOPPED for process in below): return below
         time.sleep(0.05)
 
 
@@ -192,8 +211,9 @@ def test_a_failed_notebook_is_named_and_the_rest_is_done(finished):
 
 
 @pytest.mark.parametrize("victims", ["everything", "snakemake", "papermill"])
-def test_a_killed_run_goes_on_to_the_same_bits(finished, victims):
+def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, victims):
     repository, _ = finished
+    (tmp_path / "sitecustomize.py").write_text(STOP)
     folder, target = repository / RUN, f"{RUN}/distill.json"
     weights = (folder / "student/model.safetensors").read_bytes()
     for part in ("checkpoint", "student", "tensorboard"):
@@ -201,16 +221,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, victims):
     (folder / "distill.json").unlink()
     before = contents(repository / "outputs")
 
-    engine = psutil.Popen(command(target), cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until(lambda: list(folder.glob("checkpoint/step-*.safetensors")))
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    engine = psutil.Popen(command(target), cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONPATH=path))
+    below = stopped(engine)
+    assert len(list(folder.glob("checkpoint/step-*.safetensors"))) == 1
     if victims == "everything":
         code, said = batch(repository, target)
         assert code != 0 and "another batch is running at scale smoke" in said and not jobs(said)
-    below = engine.children(recursive=True)
     killed = {"everything": [engine, *below], "snakemake": [engine], "papermill": [p for p in below if "papermill" in p.cmdline()[:3]]}[victims]
     assert killed
     for process in killed:
         process.kill()
+    for process in below:
+        with suppress(psutil.NoSuchProcess): process.resume()
     engine.communicate()
 
     code, said = batch(repository, target)

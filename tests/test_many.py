@@ -82,10 +82,11 @@ def test_beside_another_batch_it_is_refused(copy):
 def test_stopped_resumed_and_skipped_it_has_papermills_numbers(copy, tmp_path, monkeypatch):
     assert many(minutes=1e-9)[1] == [] and not (copy / C4).exists()
 
-    rate = trainer.learning_rate
-    with monkeypatch.context() as slow:  # the first step outlasts the time
-        slow.setattr(trainer, "learning_rate", lambda *given: time.sleep(2) or rate(*given))
-        states, began = many(minutes=1 / 30, teachers=["outputs/teachers/toy-qwen3vl"], evaluate=False)
+    rate, clock = trainer.learning_rate, [time.time()]
+    with monkeypatch.context() as slow:  # a clock that only the first step moves
+        slow.setattr(time, "time", lambda: clock[0])
+        slow.setattr(trainer, "learning_rate", lambda *given: clock.append(clock.pop() + 120) or rate(*given))
+        states, began = many(minutes=1, teachers=["outputs/teachers/toy-qwen3vl"], evaluate=False)
     assert (states, began) == ({"C0": "to evaluate", "C4-seed0-budget3000": "begun"}, ["C4-seed0-budget3000"])
     assert trainer.load_checkpoint(copy / C4)[1]["step"] == 1 and not (copy / C4 / "student").exists()
     assert "OutOfTime" in (copy / C4 / "distill.ipynb").read_text()

@@ -42,9 +42,8 @@ def test_notebook_runs(name, copy):
     pictures = {p: p.stat().st_mtime_ns for p in (copy / "nbs" / "images").iterdir()}
     process = multiprocessing.get_context("fork").Process(target=run, args=(copy / "nbs" / name,))
     process.start()
-    process.join(300)
-    process.kill()
-    assert process.exitcode == 0, f"{name} fails or takes more than 300 s"
+    process.join()
+    assert process.exitcode == 0, f"{name} fails"
     left = {p for p in copy.rglob("*") if "__pycache__" not in p.parts} - before
     assert not left, f"{name} leaves {sorted(str(p.relative_to(copy)) for p in left)}"
     for picture in (p for p, time in pictures.items() if p.stat().st_mtime_ns != time):  # drawn again

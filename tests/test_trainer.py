@@ -3,8 +3,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shutil
 import signal
+import socket
+import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,7 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -23,6 +31,7 @@ from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.density import position_weights
 from heed_nb.hybrid import mixer_parameters, pair_with_teacher, teacher_path, to_hybrid, transferred_parameters
 from heed_nb.teachers import family_of
+from heed_nb.toyworld import train_teacher
 from heed_nb.trainer import checkpoints, distill
 
 IMAGE = 10
@@ -386,27 +395,31 @@ def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
         with pytest.raises(trainer.OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"):
             run(tmp_path, deadline=time.time())
         assert trainer.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path)) and not (tmp_path / "student").exists()
-    run(tmp_path, deadline=time.time() + 3600)
+    run(tmp_path, deadline=float("inf"))
     assert_same_run(tmp_path, whole[0])
+
+
+def die_after(calls):
+    "Kills this process once it has made so many calls from here on: at a random moment, and the same one on a slow machine."
+    def count(*_):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, whole, processes):
     random.seed(0)
-    kills = 0
-    for attempt in range(100):
-        process = processes.Process(target=run, args=(tmp_path,))
+    for _ in range(4):  # a whole run makes 650,000 calls
+        process = processes.Process(target=run, args=(tmp_path,), kwargs=dict(before=partial(die_after, random.randrange(100_000, 350_000))))
         process.start()
-        begun = len(log(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0
-        while kills < 8 and process.is_alive() and (not (tmp_path / "log.jsonl").exists() or (tmp_path / "log.jsonl").read_bytes().count(b"\n") <= begun):
-            time.sleep(0.005)
-        process.join(random.uniform(0, 0.4) if kills < 8 else None)
-        if process.exitcode is not None:
-            break
-        process.kill()
         process.join()
-        kills += 1
-    assert process.exitcode == 0 and kills >= 3
+        assert process.exitcode == -signal.SIGKILL or (tmp_path / "student").exists()
+    run(tmp_path)
     assert_same_run(tmp_path, whole[0])
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def die_in_the_second_checkpoint():
@@ -426,7 +439,7 @@ def die_before_the_student_is_in_place():
 
     def torn(path):
         save(path)
-        if path.parent.name == "student.tmp":
+        if path.parent.name == f".student{files.TEMPORARY}":
             os.kill(os.getpid(), signal.SIGKILL)
 
     files.sync = torn
@@ -445,12 +458,96 @@ def test_killed_while_it_writes_it_ends_with_the_same_bits(tmp_path, whole, proc
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_checkpoint_that_was_truncated_is_passed_over(tmp_path, whole):
-    run(tmp_path)
+def two_checkpoints(folder):
+    "Every kind of tensor and of JSON; whether a checkpoint's content is one that was saved."
+    saved = {}
+    for step in (1, 2):
+        g = torch.Generator().manual_seed(step)
+        tensors = {"float": torch.randn(3, 2, generator=g), "half": torch.randn(5, generator=g).bfloat16(), "rng": torch.randint(256, (9,), generator=g, dtype=torch.uint8),
+                   "step": torch.tensor(float(step)), "none": torch.zeros(0, 4), "seen": torch.tensor([True, False])}
+        saved[step] = tensors, {"step": step, "run": {"name": "Zoë", "list": [1.5, None, True]}}
+        trainer.save_checkpoint(folder, *saved[step])
+
+    def known(found):
+        tensors, state = saved[found[1]["step"]]
+        return found[1] == state and found[0].keys() == tensors.keys() and all(found[0][k].dtype == t.dtype and found[0][k].equal(t) for k, t in tensors.items())
+
+    return known
+
+
+@pytest.mark.parametrize("change", ["flip a bit", "flip some", "cut", "append", "swap"])
+def test_a_checkpoint_that_changed_is_noticed_or_has_its_content(tmp_path, capsys, change):
+    known, r = two_checkpoints(tmp_path), random.Random(0)
     newest = checkpoints(tmp_path)[0]
-    os.truncate(newest, 1000)
-    run(tmp_path)
-    assert_same_run(tmp_path, whole[0])
+    good = newest.read_bytes()
+    changes = {
+        "flip a bit": [{at // 8: good[at // 8] ^ 1 << at % 8} for at in range(0, 8 * len(good), 7)],
+        "flip some": [{r.randrange(len(good)): r.randrange(256) for _ in range(r.choice((2, 8)))} for _ in range(300)],
+        "swap": [{at: good[at + 4], at + 4: good[at]} for at in range(0, len(good) - 4, 3)],
+        "cut": range(0, len(good), 7), "append": range(1, 100, 9)}[change]
+    noticed = 0
+    for one in changes:
+        data = bytearray(good)
+        if change == "cut": del data[one:]
+        elif change == "append": data += bytes(one)
+        else:
+            for at, byte in one.items(): data[at] = byte
+        newest.write_bytes(data)
+        found = trainer.load_checkpoint(tmp_path)
+        assert known(found)
+        noticed += found[1]["step"] == 1
+        said = capsys.readouterr().err
+        assert said == "" if found[1]["step"] == 2 else re.fullmatch(rf"{newest} is damaged \(.+\); going back to step-00000001.safetensors\n", said)
+    assert noticed > 0.9 * len(changes)
+
+
+def old_form(path):
+    "As it is without a checksum."
+    with safe_open(path, "pt") as file:
+        save_file({name: file.get_tensor(name) for name in file.keys()}, path, {"state": file.metadata()["state"]})
+
+
+def folder_in_its_place(path):
+    path.unlink()
+    path.mkdir()
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 64
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flipped, old_form, folder_in_its_place, lambda path: os.truncate(path, 1000), lambda path: path.write_text("{}")],
+                         ids=["flipped", "old form", "folder", "cut", "text"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, capfd, damage):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "student")
+    newest, older = checkpoints(out)
+    damage(newest)
+    if damage is not flipped:
+        with pytest.raises(trainer.OutOfTime):
+            run(out, deadline=0)
+        assert f"{newest} is damaged (" in capfd.readouterr().err and len(log(out)) == int(older.stem[5:]) + 1
+        return
+    run(out)
+    assert_same_run(out, whole[0])
+    events = sorted((out / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    steps = [event.step for event in EventFileLoader(str(events[-1])).Load() if event.summary.value]
+    assert steps and min(steps) == int(older.stem[5:]) + 1
+    for path in checkpoints(out): damage(path)
+    with pytest.raises(ValueError, match=rf"^{checkpoints(out)[1]} is damaged \(another checksum than was written\), and no other is whole; remove {out}/checkpoint to begin again$"):
+        run(out)
+
+
+def test_a_damaged_log_is_named_before_any_step(tmp_path, whole):
+    shutil.copytree(whole[0], tmp_path / "run")
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines(keepends=True)
+    for damaged in (lines[:2] + ["{}\n"] + lines[3:], lines[:2], lines[:2] + lines[3:]):
+        (tmp_path / "run/log.jsonl").write_text("".join(damaged))
+        with pytest.raises(ValueError, match=r"^line 3 of .*log.jsonl is not that of step 3; mend it, or remove .* to begin again$"):
+            run(tmp_path / "run")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, whole, monkeypatch):
@@ -529,8 +626,8 @@ def test_processes_do_not_share_a_model_on_a_gpu():
             build("nowhere", model, dataset=None, collate=None, processor=None, processes=2, **{} if isinstance(build, partial) else dict(settings=SETTINGS))
 
 
-def share_a_run(out, rank):
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611",
+def share_a_run(out, rank, port):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                        ACCELERATE_USE_CPU="true")
     teacher = tiny_teacher()
     model = to_hybrid(teacher, seed=SETTINGS.seed)
@@ -539,7 +636,10 @@ def share_a_run(out, rank):
 
 
 def test_two_processes_share_a_run(tmp_path, whole, processes):
-    ranks = [processes.Process(target=share_a_run, args=(tmp_path, rank)) for rank in (0, 1)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [processes.Process(target=share_a_run, args=(tmp_path, rank, port)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -558,19 +658,119 @@ def test_a_finite_dataset_is_read_in_epochs(tmp_path):
     assert numbers["steps"] * SETTINGS.batch_size > 2 * 10
 
 
-def test_two_trainers_in_one_folder_exclude_each_other(tmp_path, processes):
-    process = processes.Process(target=run, args=(tmp_path,), kwargs=dict(settings=replace(SETTINGS, token_budget=10**9, workers=1)))
-    process.start()
-    while not (tmp_path / "log.jsonl").exists():
-        time.sleep(0.01)
+def hold_and_wait(out, held):
+    with files.locked(out):
+        held.send(None)
+        signal.pause()
+
+
+def test_two_runs_in_one_folder_exclude_each_other(tmp_path, processes):
+    held, theirs = processes.Pipe()
+    for holder in ("another run", "a process", "a thread"):
+        out = tmp_path / holder
+        if holder == "a thread":
+            done, begun = threading.Event(), threading.Event()
+
+            def hold():
+                with files.locked(out):
+                    begun.set()
+                    done.wait()
+
+            thread = threading.Thread(target=hold)
+            thread.start()
+            begun.wait()
+        else:
+            target, given = (run, (out, "C4", replace(SETTINGS, token_budget=10**9, workers=1))) if holder == "another run" else (hold_and_wait, (out, theirs))
+            process = processes.Process(target=target, args=given)
+            process.start()
+            while holder == "another run" and not (out / "log.jsonl").exists():
+                assert process.is_alive()
+                time.sleep(0.01)
+            if holder == "a process":
+                held.recv()
+        try:
+            with pytest.raises(ValueError, match="^another run holds .*; wait for it or choose another folder$"):
+                run(out)
+            with pytest.raises(ValueError, match="^another run holds "):
+                train_teacher(out, read_steps=1, answer_steps=1, settle_steps=1)
+        finally:
+            if holder == "a thread":
+                done.set()
+                thread.join()
+            else:
+                process.kill()  # and the lock is free at once, though its worker may live on for a moment
+                process.join()
+        with files.locked(out):
+            pass
+
+
+def test_a_run_waits_for_another_where_it_is_told_to(tmp_path, capsys):
+    events, held = [], threading.Event()
+
+    def wait():
+        held.wait()
+        with files.locked(tmp_path, wait=True):
+            events.append("second")
+
+    class Telling:
+        "A stderr that says when the line is written."
+        def write(self, text):
+            events.append(text)
+            if "waiting" in text: waiting.set()
+
+        def flush(self): pass
+
+    waiting, thread = threading.Event(), threading.Thread(target=wait)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch, files.locked(tmp_path):
+        patch.setattr(sys, "stderr", Telling())
+        held.set()
+        waiting.wait()
+        events.append("first")
+    thread.join()
+    assert [event for event in events if event.strip()] == [f"another run holds {tmp_path}; waiting for it", "first", "second"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_what_a_run_writes_has_the_permissions_of_the_umask(tmp_path, umask):
+    earlier = os.umask(umask)
     try:
-        with pytest.raises(ValueError, match="another process trains in"):
-            run(tmp_path)
+        run(tmp_path / "run", settings=replace(SETTINGS, token_budget=1))
+        written = [path for path in (tmp_path / "run").rglob("*")]
+        assert {path.stat().st_mode & 0o777 for path in written if path.is_file()} == {0o666 & ~umask}
+        assert {path.stat().st_mode & 0o777 for path in written if path.is_dir()} == {0o777 & ~umask}
+        assert {"model.safetensors", "log.jsonl"} < {path.name for path in written}
     finally:
-        process.kill()  # and the lock is free at once, though its worker may live on for a moment
-        process.join()
-    with trainer.locked(tmp_path):
-        pass
+        os.umask(earlier)
+
+
+LAUNCHED = "^the launcher started {n} processes \\({name}\\), accelerate counts 1, so each rank would train over the others; use `accelerate launch`, with `--cpu` on CPUs, or start one process$"
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"), LAUNCHED.format(n=2, name="WORLD_SIZE")),
+    (dict(WORLD_SIZE="2", RANK="1", SLURM_STEP_NUM_TASKS="1"), LAUNCHED.format(n=2, name="WORLD_SIZE")),
+    (dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3"), LAUNCHED.format(n=4, name="OMPI_COMM_WORLD_SIZE")),
+    (dict(PMI_SIZE="2", PMI_RANK="0"), LAUNCHED.format(n=2, name="PMI_SIZE")),
+    (dict(MV2_COMM_WORLD_SIZE="2"), LAUNCHED.format(n=2, name="MV2_COMM_WORLD_SIZE")),
+    (dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="0"), LAUNCHED.format(n=8, name="SLURM_STEP_NUM_TASKS")),
+    (dict(RANK="0"), "^RANK is 0, but no WORLD_SIZE says how many processes the launcher started; use `accelerate launch`, or unset RANK$"),
+    (dict(LOCAL_RANK="1"), "^LOCAL_RANK is 1, but no WORLD_SIZE says "),
+])
+def test_ranks_that_know_nothing_of_each_other_are_refused_before_any_work(tmp_path, monkeypatch, given, message):
+    for name, value in given.items(): monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distill(None, None, Noise(), collate, CONDITIONS["C4"], SETTINGS, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        train_teacher(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"), dict(SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1"),
+                                   dict(WORLD_SIZE="1", RANK="0", OMPI_COMM_WORLD_SIZE="2"), dict(WORLD_SIZE="", RANK="")])
+def test_one_process_of_a_launcher_trains(monkeypatch, given):
+    for name, value in given.items(): monkeypatch.setenv(name, value)
+    trainer.check_launch(1)
 
 
 @pytest.mark.parametrize("changed, message", [
@@ -581,7 +781,7 @@ def test_two_trainers_in_one_folder_exclude_each_other(tmp_path, processes):
 ])
 def test_another_run_in_the_same_folder_is_refused(tmp_path, whole, changed, message):
     out = whole[0]
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "lock"}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(ValueError) as error:
         run(out, **changed)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -605,6 +805,131 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, condition, ki
     assert f"last good checkpoint: {tmp_path / 'checkpoint' / 'step-00000004.safetensors'}" in message
     assert len(log(tmp_path)) == 5 and not (tmp_path / "student").exists()
     run(tmp_path, condition, settings)  # goes on once the sample is mended
+
+
+class Unportable(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+class Bad(ValueError):
+    "As heed_nb.data refuses a sample."
+    def __init__(self, key, reason):
+        super().__init__(f"sample {key!r}: {reason}")
+        self.key, self.reason = key, reason
+
+
+ERRORS = {
+    "ValueError": lambda: ValueError("no pages"), "KeyError": lambda: KeyError("image"), "OSError": lambda: OSError(5, "Input/output error"), "TypeError": lambda: TypeError("a\nb\nc"),
+    "UnidentifiedImageError": lambda: UnidentifiedImageError("cannot identify image file"), "Unportable": lambda: Unportable("x", "y"), "Bad": lambda: Bad("mine", "too thin"),
+    "IndexError": lambda: IndexError(), "DecompressionBombError": lambda: Image.DecompressionBombError("too large")}
+
+
+class Failing(FiniteNoise):
+    "Noise whose samples at these indices fail: when they are read, or when they are collated."
+
+    def __init__(self, length, bad, error, when="read"):
+        super().__init__(length)
+        self.bad_ones, self.error, self.when = bad, error, when
+
+    def __getitem__(self, index):
+        if index in self.bad_ones and self.when == "read":
+            raise ERRORS[self.error]()
+        return super().__getitem__(index) | dict(error=self.error if index in self.bad_ones else None)
+
+
+def collate_or_fail(samples):
+    for sample in samples:
+        if sample["error"]:
+            raise ERRORS[sample["error"]]()
+    return collate(samples)
+
+
+def distil(out, data, settings, collate=collate_or_fail, **options):
+    teacher = tiny_teacher()
+    return distill(to_hybrid(teacher), teacher, data, collate, CONDITIONS["C4"], settings, out, progress=False, **options)
+
+
+STEP_3 = trainer.batch_indices(40, 4, 0, 2)
+SHORT = replace(SETTINGS, checkpoint_every=2)
+
+
+@pytest.mark.parametrize("error, when, workers", [(error, "read", 0) for error in ERRORS]
+                         + [("Bad", "collate", 0), ("TypeError", "collate", 0), ("Unportable", "read", 1), ("OSError", "collate", 1)])
+def test_an_error_of_a_sample_names_it_its_step_and_the_last_checkpoint(tmp_path, two_steps, error, when, workers):
+    shutil.copytree(two_steps, tmp_path / "run")
+    bad = STEP_3[1]
+    with pytest.raises(ValueError) as raised:
+        distil(tmp_path / "run", Failing(40, {bad}, error, when), replace(SHORT, workers=workers))
+    name = f"sample noise-{bad} (index {bad})" if when == "collate" else f"sample mine (index {bad})" if error == "Bad" else f"sample {bad}"
+    message = str(raised.value)
+    assert message.endswith(f", in {name}, at step 3 (stage 1); last good checkpoint: {tmp_path / 'run/checkpoint/step-00000002.safetensors'}") and "\n" not in message
+    assert error in ("ValueError", "Bad") or message.startswith(error)
+    cause = raised.value.__cause__
+    assert type(cause).__name__ == ("RuntimeError" if workers and error == "Unportable" else error)
+    assert not workers or any("Traceback" in note for note in getattr(cause, "__notes__", [str(cause)]))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    "A run of two steps that its third one ended."
+    out = tmp_path_factory.mktemp("runs") / "two"
+    with pytest.raises(ValueError):
+        distil(out, Failing(40, set(STEP_3), "ValueError"), SHORT)
+    return out
+
+
+def test_what_no_single_sample_is_to_blame_for_names_them_all(tmp_path, two_steps):
+    def together(samples):
+        if len(samples) > 1: raise RuntimeError("sizes differ")
+
+    shutil.copytree(two_steps, tmp_path / "run")
+    with pytest.raises(ValueError, match=f"^RuntimeError: sizes differ, in {', '.join(rf'sample noise-{i} .index {i}.' for i in STEP_3)} together, at step 3 "):
+        distil(tmp_path / "run", FiniteNoise(40), replace(SHORT, skip_bad=0.5), together)
+    with pytest.raises(ValueError, match="^KeyError: 'keys', at step 3 "):
+        distil(tmp_path / "run", FiniteNoise(40), SHORT, lambda samples: {k: v for k, v in collate(samples).items() if k != "keys"})
+
+
+def end(samples):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_is_named_with_the_step(tmp_path):
+    with pytest.raises(ValueError, match=r"^RuntimeError: DataLoader worker .* exited unexpectedly.*, at step 1 \(stage 1\); no checkpoint was written yet$"):
+        distil(tmp_path, FiniteNoise(40), replace(SHORT, workers=1), end)
+
+
+def test_a_bug_is_not_dressed_as_a_bad_sample(tmp_path, monkeypatch):
+    bug = ValueError("not enough values to unpack")
+
+    def broken(*_, **__):
+        raise bug
+
+    monkeypatch.setattr(trainer, "residual_alignment", broken)
+    with pytest.raises(ValueError) as raised:
+        run(tmp_path)
+    assert raised.value is bug and str(bug) == "not enough values to unpack" and bug.__notes__[0].startswith("at step 1 (stage 1) on samples noise-")
+
+
+def test_skipped_samples_are_counted_and_the_same_after_a_resume_and_with_workers(tmp_path):
+    data, settings = Failing(40, set(STEP_3[:2]) | {1, 2, 3}, "KeyError"), replace(SHORT, token_budget=700, skip_bad=0.4)
+    numbers = distil(tmp_path / "whole", data, settings)
+    named = [pair for line in log(tmp_path / "whole") for pair in line.get("skipped", [])]
+    assert numbers["skipped"] == {"KeyError": len(named)} and {int(name.split()[1]) for name, _ in named} == data.bad_ones
+    with pytest.raises(ValueError, match="^KeyError: 'image', in sample "):
+        distil(tmp_path / "resumed", data, replace(settings, skip_bad=0.0))
+    with pytest.raises(trainer.OutOfTime):
+        distil(tmp_path / "resumed", data, settings, deadline=0)
+    assert distil(tmp_path / "resumed", data, replace(settings, workers=1))["skipped"] == numbers["skipped"]
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("bad, share, message", [
+    ({7}, 0.01, r"^\d+ samples are bad, of about \d+ that the budget reads, skip_bad is 0.01 \(too thin \d+\); the last is sample noise-7 \(index 7\), at step \d+ "),
+    (set(range(40)), 0.9, r"^100 samples in a row are bad, the last by sample 'mine': too thin, in sample noise-\d+ \(index \d+\), at step 1 ")])
+def test_more_bad_samples_than_the_share_end_the_run(tmp_path, bad, share, message):
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path, Failing(40, bad, "Bad", "collate"), replace(SHORT, skip_bad=share))
 
 
 def out_of_disk(out, limit):
