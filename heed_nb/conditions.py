@@ -558,7 +558,7 @@ PARAMETERS = {name: (words, holds) for words, holds, names in (  # of notebooks 
     ("a number above 0", lambda value: type(value) in (int, float) and 0 < value <= MOST, "minutes deadline"),
     ("True or False", lambda value: isinstance(value, bool), "evaluate"),
 ) for name in names.split()}
-NEEDED = ("scale", "condition", "seed", "batch_size", "table_images", "overrides", "evaluate", "pair")  # None is no value of these
+NEEDED = ("scale", "condition", "batch_size", "table_images", "overrides", "evaluate", "pair")  # None is no value of these
 
 
 def check_parameters(

@@ -12,10 +12,10 @@ __all__ = ['PAPER', 'AVERAGES', 'ROWS', 'TITLES', 'LADDER', 'VARIANTS', 'ABLATIO
            'read_answers', 'pair_answers', 'joint_failures', 'budget_contrasts', 'budget_sentence', 'png',
            'budget_markdown', 'budget_figure', 'ladder_figure', 'run_note', 'paper_checks', 'paper_value',
            'paper_claims', 'Measured', 'Evidence', 'claim_verdict', 'claims', 'claim_counts', 'claims_markdown', 'root',
-           'save_table', 'publish']
+           'save_table', 'notebook_parameters', 'page_folders', 'publish']
 
 # %% ../nbs/60_results.ipynb #c003
-import json, os, platform, re, shutil, subprocess, sys, time
+import ast, json, os, platform, re, shutil, subprocess, sys, time
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -1080,6 +1080,29 @@ def save_table(
     tables = Path(out)/'tables'
     return [write_file(tables/f'{name}.csv', frame.to_csv(index=False, lineterminator='\n')), write_file(tables/f'{name}.md', markdown.strip() + '\n')]
 
+# %% ../nbs/60_results.ipynb #c101b
+def notebook_parameters(
+    path: str | Path,
+) -> dict:
+    "What a notebook's cell tagged `parameters` sets: names and values."
+    source = "\n".join("".join(cell["source"]) for cell in json.loads(Path(path).read_text())["cells"] if "parameters" in cell["metadata"].get("tags", ()))
+    return {target.id: ast.literal_eval(line.value) for line in ast.parse(source).body if isinstance(line, ast.Assign) for target in line.targets}
+
+
+def page_folders(
+    page: str,                 # a notebook of nbs/paper
+    given: dict,               # its globals()
+) -> tuple[Path, Path]:        # of the runs; of tables/ and figures/
+    "Where a page reads and writes: in outputs/SCALE unless it is told otherwise. Raises ValueError where it is asked for something else than a scale's page and `out` is not given."
+    own = notebook_parameters(root()/f'nbs/paper/{page}.ipynb')
+    other = [name for name, value in own.items() if name not in ('scale', 'out') and given[name] != value]
+    if lacking := [name for name, value in own.items() if value is not None and given[name] is None]:
+        raise ValueError(f'{lacking[0]} is None; {page} takes a value like {own[lacking[0]]!r}')
+    if other and given['out'] is None:
+        raise ValueError(f'{other[0]} {given[other[0]]!r} makes another {page} than scale {given["scale"]}\'s: give its folder as `out`')
+    home = root()/'outputs'/given['scale']
+    return Path(given.get('runs') or home/'runs'), Path(given['out'] or home)
+
 # %% ../nbs/60_results.ipynb #c104
 PUBLISHED = ('tables/*.md', 'tables/*.csv', 'figures/*.png', 'claims.md')
 PUBLISHED_OF_RUNS = ('runs/**/distill.json', 'runs/**/evaluate.json', 'runs/**/diagnose.json', 'runs/C[134]-seed*/answers.jsonl')
@@ -1099,15 +1122,19 @@ def publish(
     scale: str,                                    # "toy"
     outputs: str | PurePath | None = None,         # the folder that holds SCALE; None: outputs/ of the repository
 ) -> Path:                                         # outputs/published/SCALE
-    "Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing. Raises ValueError if there is nothing to publish."
+    "Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing. Raises ValueError if there is nothing to publish, or less than is published."
+    if PurePath(scale).parts != (scale,): raise ValueError(f'{scale!r} is no name of a scale')
     outputs = Path(outputs or root()/'outputs')
     source, target = outputs/scale, outputs/'published'/scale
+    fresh, earlier = target.with_name(f'.{scale}.fresh.tmp'), target.with_name(f'.{scale}.earlier.tmp')
+    if earlier.exists() and not target.exists(): earlier.rename(target)  # a publish that was killed half-way
     found, of_runs = ([path for pattern in patterns for path in sorted(source.glob(pattern))] for patterns in (PUBLISHED, PUBLISHED_OF_RUNS))
     found += [path for path in of_runs if any(path.with_name(f'{kind}.json').exists() for kind in ('evaluate', 'diagnose'))]
     if not found:
         raise ValueError(f'nothing to publish in {source}; run `make tables SCALE={scale}` first')
-    fresh, earlier = target.with_name(f'.{scale}.fresh.tmp'), target.with_name(f'.{scale}.earlier.tmp')
-    if earlier.exists() and not target.exists(): earlier.rename(target)  # a publish that was killed half-way
+    published = {path.relative_to(target) for path in target.rglob('*') if path.is_file() and path.name != 'manifest.json'}
+    if lost := sorted(published - {path.relative_to(source) for path in found}):
+        raise ValueError(f'{source} lacks {len(lost)} of the {len(published)} files that {target} has, {lost[0]} among them; complete it, or remove {target} first')
     for leftover in (fresh, earlier): shutil.rmtree(leftover, ignore_errors=True)
     try:
         for path in found: write_file(fresh/path.relative_to(source), path.read_bytes())

@@ -208,5 +208,5 @@ def test_a_misspelt_notebook_parameter_is_refused():
 def test_a_parameter_of_a_notebook_takes_its_own_kind_of_value_alone():
     given = {name: taken(lambda value: check_parameters({name: value}, (name,))) for name in PARAMETERS}
     texts = dict.fromkeys(("teacher", "student", "samples", "dtype", "runs", "out"), ["None", "'some words'"]) | dict.fromkeys(("scale", "condition"), ["'some words'"])
-    needed = dict(seed=[], batch_size=[], table_images=[], pair=[], overrides=["{}", "{'some': 'words'}", "{1: nan}"], evaluate=["True"])
+    needed = dict(batch_size=[], table_images=[], pair=[], overrides=["{}", "{'some': 'words'}", "{1: nan}"], evaluate=["True"])
     assert given == dict.fromkeys(PARAMETERS, ["None"]) | texts | needed | dict(side_budgets=["None", "[]"], ablate=["-1", "None"])
