@@ -76,6 +76,9 @@ def test_a_wrong_choice_is_refused_in_one_line_before_any_work(given, message, c
     ("distill", dict(token_budget=0), "token_budget is 0; it takes a whole number above 0, or nothing"),
     ("distill", dict(overrides={"train.stages": [0.5, 0.5, "x"]}, out="x"), "stages is 'x'; it takes a value like 0.0"),
     ("diagnose", dict(layers=[]), "layers is []; it takes a list of whole numbers of 0 or more, or nothing"), ("diagnose", dict(batch_size=0), "batch_size is 0"),
+    *(("teacher", dict(overrides={"teachers": {"outputs/smoke/teacher": given}}, out="x"), message) for given, message in (
+        (dict(read_steps=-1), "read_steps is -1; it must be 0 or more"), (dict(lr="nan"), "lr is nan; it must be 0 or more"), (dict(seed=[0]), "seed is [0]; it takes a value like 0"),
+        (dict(kinds=["form", "poem"]), "unknown kinds 'poem'; of "), (dict(model_type="gpt"), "unknown model_type 'gpt'; of "), (dict(steps=1), "unknown key 'steps' in teachers of scale smoke"))),
     ("teacher", dict(teacher=["a"]), "teacher is ['a']; it takes a text that is not empty, or nothing"),
 ])
 def test_a_run_that_can_not_be_is_refused_in_one_line_before_any_work(run, given, message, copy):
