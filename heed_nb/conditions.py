@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePath
 from types import ModuleType
 
@@ -14,10 +15,11 @@ import yaml
 
 # %% auto #0
 __all__ = ['ALIGNMENTS', 'WEIGHTS', 'EQ_3', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED',
-           'REASONING', 'REGIMES', 'TASKS', 'PRECISIONS', 'SPEED_ONLY', 'INITS', 'DATA', 'DTYPES', 'SCALE_KEYS',
-           'SECTION_KEYS', 'Condition', 'get_condition', 'differing', 'recipe_table', 'alignment_table', 'Benchmark',
-           'checked', 'TrainSettings', 'Scale', 'scales_folder', 'merged', 'all_teachers', 'check_keys', 'load_scale',
-           'check_parameters']
+           'REASONING', 'REGIMES', 'TASKS', 'PRECISIONS', 'MOST', 'MOST_SEED', 'SPEED_ONLY', 'INITS', 'DATA', 'DTYPES',
+           'SCALE_KEYS', 'SECTION_KEYS', 'MOST_VALUES', 'PARAMETERS', 'NEEDED', 'Condition', 'get_condition',
+           'differing', 'recipe_table', 'alignment_table', 'Benchmark', 'shown', 'is_whole', 'checked', 'TrainSettings',
+           'Scale', 'scales_folder', 'merged', 'all_teachers', 'check_keys', 'is_text', 'check_sections', 'check_lists',
+           'read_yaml', 'load_scale', 'list_of', 'is_seed', 'is_positive', 'check_parameters']
 
 # %% ../nbs/00_conditions.ipynb #c005
 ALIGNMENTS = (None, "head_output", "attention_output", "residual")
@@ -198,6 +200,23 @@ TASKS = BENCHMARKS | REGIMES  # what a toy model is asked
 
 # %% ../nbs/00_conditions.ipynb #c021
 PRECISIONS = ("fp32", "bf16")
+MOST = 2**63 - 1       # of a whole number
+MOST_SEED = 2**32 - 1  # of NumPy's generators
+
+
+def shown(value) -> str:
+    "A value as a message has it, cut where it is long."
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_whole(
+    value,
+    least: int = 0,
+    most: int = MOST,
+) -> bool:
+    "Whether a value is a whole number within bounds."
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def checked(
@@ -212,12 +231,12 @@ def checked(
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML reads 1e-3 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if wanted is tuple and isinstance(value, (list, tuple)):
         value = tuple(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ValueError(f"{name} is {value!r}; it takes a value like {default!r}")
+        raise ValueError(f"{name} is {shown(value)}; it takes a value like {default!r}")
     return value
 
 
@@ -262,6 +281,12 @@ class TrainSettings:
                 checked(self.token_budget, 1, f.name)
             else:
                 object.__setattr__(self, f.name, checked(getattr(self, f.name), f.default, f.name))
+        for name in ("betas", "stages"):
+            object.__setattr__(self, name, tuple(checked(share, 0.0, name) for share in getattr(self, name)))
+        for name in ("token_budget", "seed", "batch_size", "kl_chunk", "checkpoint_every", "threads", "workers"):
+            most = {"seed": MOST_SEED, "threads": 1024, "workers": 1024}.get(name, MOST)
+            if (value := getattr(self, name)) is not None and not is_whole(value, most=most):
+                raise ValueError(f"{name} is {shown(value)}; a whole number from 0 to {most}")
         for name in ("token_budget", "batch_size", "lr", "eps", "tau", "grad_clip", "kl_chunk", "checkpoint_every"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be above 0")
@@ -271,11 +296,11 @@ class TrainSettings:
         for name in ("warmup", "min_lr_ratio", "orient_share", "skip_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must lie in 0..1")
-        if len(self.stages) != 3 or min(self.stages) < 0 or abs(sum(self.stages) - 1) > 1e-9:
+        if len(self.stages) != 3 or not all(share >= 0 for share in self.stages) or not abs(sum(self.stages) - 1) <= 1e-9:
             raise ValueError(f"stages is {self.stages!r}; three shares of 0 or more that add up to 1")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas is {self.betas!r}; two numbers in 0..1")
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+        if self.threads == 0:
             raise ValueError(f"threads is {self.threads!r}; a whole number above 0, or nothing")
         for name in ("density_cache", "gradient_cache"):
             if (path := getattr(self, name)) is not None and (not isinstance(path, str) or not path):
@@ -302,6 +327,7 @@ class Scale:
     init: str = "paper"                     # start of the mixers' new parameters
     open_points: tuple = ()                 # which choices of heed_nb/paper/open_points.csv are tried, e.g. "init=mamba"
     data: str = "toyworld"                  # which documents train and which ten tasks evaluate
+    gpu: bool = False                       # whether a machine without one is refused
     train: dict = field(default_factory=dict)     # fields of TrainSettings
     evaluate: dict = field(default_factory=dict)  # questions (a benchmark), batch_size, dtype
     diagnose: dict = field(default_factory=dict)  # images, one_by_one_images, dtype
@@ -334,11 +360,12 @@ class Scale:
             raise ValueError(f"unknown teacher {teacher!r} of scale {self.name}; one of {', '.join(self.teachers)}")
         return teacher, None if teacher == self.teacher else PurePath(teacher).name
 
-
+# %% ../nbs/00_conditions.ipynb #c024a
 INITS = ("paper", "mamba", "identity")
 DATA = ("toyworld", "paper")
 DTYPES = ("float32", "bfloat16", "float16")
-SCALE_KEYS = tuple(f.name for f in fields(Scale) if f.name != "name")
+SCALE_KEYS = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(Scale) if f.name != "name"}
+SCALE_KEYS |= {"teacher": "outputs/teachers/toy-qwen3vl", "token_budget": 1}  # a value that each takes
 SECTION_KEYS = {
     "train": tuple(f.name for f in fields(TrainSettings) if f.name not in ("token_budget", "seed")),
     "evaluate": ("questions", "batch_size", "dtype", "mirror"),
@@ -383,11 +410,16 @@ def all_teachers(
         teachers = {teacher: {}} | teachers
     names, order = {}, list(teachers)
     for path, given in teachers.items():
+        if not is_text(path):
+            raise ValueError(f"teachers holds {shown(path)}; a teacher is a folder or a hub id")
         if not isinstance(given, dict):
-            raise ValueError(f"teachers: {path!r} is {given!r}; it takes arguments of train_teacher like {{read_steps: 600}}, or nothing")
+            raise ValueError(f"teachers: {path!r} is {shown(given)}; it takes arguments of train_teacher like {{read_steps: 600}}, or nothing")
         if (other := names.setdefault(PurePath(path).name, path)) != path:
             raise ValueError(f"teachers {other!r} and {path!r} have one name; their runs would share a folder")
-        if (start := given.get("start")) in order[order.index(path):]:
+        start = given.get("start")
+        if start is not None and not is_text(start):
+            raise ValueError(f"teacher {path!r} starts from {shown(start)}; a teacher is a folder or a hub id")
+        if start in order[order.index(path):]:
             raise ValueError(f"teacher {path!r} starts from {start!r}, which must stand before it in teachers")
     return teachers
 
@@ -396,9 +428,77 @@ def check_keys(given, allowed, where: str) -> None:
     "Raises ValueError on the first key that is not allowed."
     for key in given:
         if key not in allowed:
-            raise ValueError(f"unknown key {key!r} in {where}; allowed: {', '.join(allowed)}")
+            raise ValueError(f"unknown key {shown(key)} in {where}; allowed: {', '.join(allowed)}")
+
+# %% ../nbs/00_conditions.ipynb #c024b
+def is_text(value) -> bool:
+    "Whether a value is text, or a path, that says something."
+    return isinstance(value, (str, PurePath)) and bool(str(value).strip())
 
 
+def check_sections(values: dict, where: str) -> None:
+    "Raises ValueError on an unknown key or a wrong value in `train`, `evaluate` or `diagnose`; values in `train` are left to TrainSettings."
+    for section, allowed in SECTION_KEYS.items():
+        check_keys(values.get(section, {}), allowed, f"{section} of {where}")
+    for section, key, least in (("evaluate", "questions", 1), ("evaluate", "batch_size", 1), ("diagnose", "images", 1), ("diagnose", "one_by_one_images", 0)):
+        if not is_whole(value := values.get(section, {}).get(key, least), least):
+            raise ValueError(f"{section}.{key} is {shown(value)}; it takes a whole number above {least - 1}")
+    if not is_text(mirror := values.get("evaluate", {}).get("mirror", "none")):
+        raise ValueError(f"evaluate.mirror is {shown(mirror)}; it takes the path of a folder")
+    for section in ("evaluate", "diagnose"):
+        if (dtype := values.get(section, {}).get("dtype", DTYPES[0])) not in DTYPES:
+            raise ValueError(f"unknown {section}.dtype {shown(dtype)}; one of {', '.join(DTYPES)}")
+
+
+def check_lists(values: dict) -> None:
+    "Raises ValueError on a list of a scale that lacks entries or holds a wrong one, and on a teacher without a name."
+    whole = {"seeds": MOST_SEED, "side_seeds": MOST_SEED, "budgets": MOST, "side_budgets": MOST}
+    more = {f"more_seeds of {condition}": checked(seeds, (), f"more_seeds of {condition}") for condition, seeds in values.get("more_seeds", {}).items()}
+    for key, given in (values | more).items():
+        most = MOST_SEED if key in more else whole.get(key)
+        for value in given if most else ():
+            if not is_whole(value, most=most):
+                raise ValueError(f"{key} holds {shown(value)}; it takes whole numbers from 0 to {most}")
+    for key in ("conditions", "open_points"):
+        if not all(map(is_text, values.get(key, ()))):
+            raise ValueError(f"{key} is {shown(values[key])}; it takes names")
+    for key in ("teacher", "conditions", "seeds"):
+        if not values.get(key, "none") or key == "teacher" and not is_text(values[key]):
+            raise ValueError(f"{key} is {values[key]!r}; it takes a value like {SCALE_KEYS[key]!r}")
+
+# %% ../nbs/00_conditions.ipynb #c024d
+MOST_VALUES = 10_000  # of a YAML file with its aliases written out
+
+
+def _values_below(node, counted):  # so many values a YAML node holds, aliases written out
+    if id(node) in counted:
+        return counted[id(node)]
+    counted[id(node)] = math.inf  # an alias within its own anchor
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"line {node.start_mark.line + 1} begins a mapping that has {shown(twice[0])} twice")
+    below = node.value if isinstance(node, yaml.SequenceNode) else [child for pair in pairs for child in pair]
+    counted[id(node)] = 1 + sum(_values_below(child, counted) for child in below)
+    return counted[id(node)]
+
+
+def read_yaml(
+    path: Path,
+) -> dict:       # {} of an empty file
+    "The mapping in a YAML file. Raises ValueError, in one line, on anything else, a key given twice, and aliases that write out to more than `MOST_VALUES`."
+    try:
+        text = path.read_text(encoding="utf-8")
+        if (node := yaml.compose(text, yaml.SafeLoader)) and _values_below(node, {}) > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        values = yaml.safe_load(text)
+    except Exception as error:  # PyYAML lets errors of Python through
+        raise ValueError(f"{path.name} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
+        raise ValueError(f"{path.name} holds {shown(values)}; it takes keys with values")
+    return values or {}
+
+# %% ../nbs/00_conditions.ipynb #c024e
 def load_scale(
     name: str,                      # smoke, toy, ...: a file in workflow/scales
     overrides: dict | None = None,  # {"train.lr": 1e-3} or {"train": {"lr": 1e-3}}
@@ -407,38 +507,23 @@ def load_scale(
     folder = scales_folder()
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise ValueError(f"unknown scale {name!r}; one of {', '.join(known)}")
-    values = merged(yaml.safe_load((folder / f"{name}.yaml").read_text()) or {}, overrides or {})
+        raise ValueError(f"unknown scale {shown(name)}; one of {', '.join(known)}")
+    if overrides is not None and not (isinstance(overrides, dict) and all(map(is_text, overrides))):
+        raise ValueError(f'overrides is {shown(overrides)}; it takes a mapping like {{"train.lr": 0.001}}')
+    values = merged(read_yaml(folder / f"{name}.yaml"), overrides or {})
     where = f"workflow/scales/{name}.yaml or its overrides"
     check_keys(values, SCALE_KEYS, where)
     for key in ("teacher", "token_budget"):
         if key not in values:
             raise ValueError(f"{where} lacks {key!r}")
-    for key, default in (("teacher", ""), ("token_budget", 1), ("conditions", ()), ("seeds", ()), ("budgets", ()), ("side_budgets", ()),
-                         ("side_seeds", ()), ("more_seeds", {}), ("open_points", ()), ("init", ""), ("data", ""), ("teachers", {}), ("train", {}), ("evaluate", {}), ("diagnose", {})):
-        if key in values:
-            values[key] = checked(values[key], default, key)
-    for section, allowed in SECTION_KEYS.items():
-        check_keys(values.get(section, {}), allowed, f"{section} of {where}")
-    for section, key, least in (("evaluate", "questions", 1), ("evaluate", "batch_size", 1), ("diagnose", "images", 1), ("diagnose", "one_by_one_images", 0)):
-        value = values.get(section, {}).get(key, least)
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{section}.{key} is {value!r}; it takes a whole number above {least - 1}")
-    checked(values.get("evaluate", {}).get("mirror", ""), "", "evaluate.mirror")
-    for section in ("evaluate", "diagnose"):
-        if (dtype := values.get(section, {}).get("dtype", DTYPES[0])) not in DTYPES:
-            raise ValueError(f"unknown {section}.dtype {dtype!r}; one of {', '.join(DTYPES)}")
-    for key in ("seeds", "side_seeds", "budgets", "side_budgets"):
-        for value in values.get(key, ()):
-            checked(value, 1, key)
-    for condition, seeds in values.get("more_seeds", {}).items():
-        values["more_seeds"] = values["more_seeds"] | {get_condition(condition).name: checked(seeds, (), f"more_seeds of {condition}")}
-        for seed in seeds:
-            checked(seed, 1, f"more_seeds of {condition}")
+    values = {key: checked(value, SCALE_KEYS[key], key) for key, value in values.items()}
+    check_sections(values, where)
+    check_lists(values)
     for key, allowed in (("init", INITS), ("data", DATA)):
         if values.get(key, allowed[0]) not in allowed:
             raise ValueError(f"unknown {key} {values[key]!r}; one of {', '.join(allowed)}")
-    scale = Scale(name=name, **values | {"teachers": all_teachers(values["teacher"], values.get("teachers", {}))})
+    seeds = {get_condition(condition).name: given for condition, given in values.get("more_seeds", {}).items()}
+    scale = Scale(name=name, **values | {"more_seeds": seeds, "teachers": all_teachers(values["teacher"], values.get("teachers", {}))})
     for condition in scale.conditions:
         get_condition(condition)
     for budget in (scale.token_budget, *scale.budgets, *scale.side_budgets):
@@ -446,12 +531,44 @@ def load_scale(
     return scale
 
 # %% ../nbs/00_conditions.ipynb #c028
+def list_of(holds) -> Callable:
+    "Whether a value is a list of one entry or more that all hold."
+    return lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(holds, value))
+
+
+def is_seed(value) -> bool: return is_whole(value, most=MOST_SEED)
+def is_positive(value) -> bool: return is_whole(value, 1)
+
+
+PARAMETERS = {name: (words, holds) for words, holds, names in (  # of notebooks -> what they take
+    ("a text that is not empty", is_text, "scale condition teacher student samples dtype runs out"),
+    (f"a whole number from 0 to {MOST_SEED}", is_seed, "seed"),
+    (f"a list of whole numbers from 0 to {MOST_SEED}", list_of(is_seed), "seeds"),
+    ("a whole number above 0", is_positive, "token_budget images batch_size draws"),
+    ("a list of whole numbers above 0", list_of(is_positive), "budgets"),
+    ("a list of whole numbers above 0", lambda value: value == [] or list_of(is_positive)(value), "side_budgets"),
+    ("a whole number of 0 or more", is_whole, "one_by_one_images table_images"),
+    ("a whole number of -1 or more", lambda value: is_whole(value, -1), "ablate"),
+    ("a list of whole numbers of 0 or more", list_of(is_whole), "layers"),
+    ("a list of names", list_of(is_text), "conditions side_conditions teachers choices pair"),
+    ("a mapping", lambda value: isinstance(value, dict), "overrides"),
+    ("a number above 0", lambda value: type(value) in (int, float) and 0 < value <= MOST, "minutes deadline"),
+    ("True or False", lambda value: isinstance(value, bool), "evaluate"),
+) for name in names.split()}
+NEEDED = ("scale", "condition", "batch_size", "table_images", "overrides", "evaluate", "pair")  # None is no value of these
+
+
 def check_parameters(
     namespace: dict,  # globals() of the notebook
     allowed,          # names of its parameters
 ) -> None:
-    "Raises ValueError on a name in `namespace` that is bound to data and is not an allowed parameter."
+    "Raises ValueError on a name in `namespace` that is bound to data and is not an allowed parameter, and on a value that its parameter does not take."
     for name, value in namespace.items():
         data = not (callable(value) or isinstance(value, ModuleType))
-        if data and not name.startswith("_") and name not in ("In", "Out") and name not in allowed:
+        if not data or name.startswith("_") or name in ("In", "Out"): continue
+        if name not in allowed:
             raise ValueError(f"unknown parameter {name!r}; allowed: {', '.join(allowed)}")
+        words, holds = PARAMETERS[name]
+        nothing = "" if name in NEEDED else ", or nothing"
+        if not (value is None and nothing or holds(value)):
+            raise ValueError(f"{name} is {shown(value)}; it takes {words}{nothing}")

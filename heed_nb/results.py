@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'AVERAGES', 'ROWS', 'TITLES', 'LADDER', 'VARIANTS', 'ABLATIONS', 'SWEEP', 'CONTRASTS', 'MEASURES',
-           'PAPER_TEACHERS', 'COLOURS', 'MARKS', 'PAPER_WORDS', 'MEASURED', 'VERDICTS', 'RULES', 'PUBLISHED',
-           'PUBLISHED_OF_RUNS', 'code_version', 'provenance', 'write_run', 'read_run', 'run_name', 'parse_run_name',
-           'read_runs', 'paper_table', 'scores', 'at_budget', 'means', 'contrast', 'student_t', 'verdict', 'sentence',
-           'legend', 'score_table', 'plus_minus', 'markdown_table', 'score_markdown', 'contrast_markdown', 'findings',
-           'missing_runs', 'asked_runs', 'footnote', 'teacher_table', 'teacher_markdown', 'teacher_findings',
-           'read_answers', 'pair_answers', 'joint_failures', 'budget_contrasts', 'budget_sentence', 'png',
-           'budget_markdown', 'budget_figure', 'ladder_figure', 'run_note', 'paper_checks', 'paper_value',
-           'paper_claims', 'Measured', 'Evidence', 'claim_verdict', 'claims', 'claim_counts', 'claims_markdown', 'root',
-           'save_table', 'publish']
+           'PAPER_TEACHERS', 'COLOURS', 'MARKS', 'PAPER_WORDS', 'MEASURED', 'VERDICTS', 'REPRODUCED', 'NOT_REPRODUCED',
+           'UNDECIDED', 'UNTESTED', 'RULES', 'PUBLISHED', 'PUBLISHED_OF_RUNS', 'code_version', 'provenance',
+           'write_run', 'read_run', 'run_name', 'parse_run_name', 'read_runs', 'paper_table', 'scores', 'at_budget',
+           'means', 'contrast', 'student_t', 'verdict', 'sentence', 'legend', 'score_table', 'plus_minus',
+           'markdown_table', 'score_markdown', 'contrast_markdown', 'findings', 'missing_runs', 'asked_runs',
+           'footnote', 'teacher_table', 'teacher_markdown', 'teacher_findings', 'read_answers', 'pair_answers',
+           'joint_failures', 'budget_contrasts', 'budget_sentence', 'png', 'budget_markdown', 'budget_figure',
+           'ladder_figure', 'run_note', 'paper_checks', 'paper_value', 'paper_claims', 'Measured', 'Evidence',
+           'claim_verdict', 'claims', 'claim_counts', 'claims_markdown', 'root', 'save_table', 'notebook_parameters',
+           'page_folders', 'publish']
 
 # %% ../nbs/60_results.ipynb #c003
-import json, os, platform, re, shutil, subprocess, sys, time
+import ast, json, os, platform, re, shutil, subprocess, sys, time
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -794,7 +795,7 @@ PAPER_WORDS = (  # place, what it says, elsewhere, what that says
 
 # %% ../nbs/60_results.ipynb #c090
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 
@@ -832,6 +833,7 @@ class Measured:
     n: str = ''                 # "3 seeds", "100 images, 3 seeds"
     files: tuple = ()           # (run of `read_runs`, kind)
     why: str = ''               # why it can't be judged; '': it can
+    tied: bool = False          # it was measured, and has no spread to be judged by
 
 class Evidence:
     "The run files of a scale, read once."
@@ -854,7 +856,7 @@ class Evidence:
 def _over_seeds(values, files):
     if len(values) == 1: return Measured(values[0], n='1 seed', files=files, why='one seed')
     n, mean = len(values), fmean(values)
-    if len({round(v, 9) for v in values}) == 1: return Measured(mean, n=f'{n} seeds', files=files, why='the seeds agree exactly: no spread to judge by')
+    if len({round(v, 9) for v in values}) == 1: return Measured(mean, n=f'{n} seeds', files=files, why='the seeds agree exactly: no spread to judge by', tied=True)
     half = student_t(n - 1)*stdev(values)/n**0.5
     return Measured(mean, mean - half, mean + half, f'{n} seeds', files)
 
@@ -880,7 +882,11 @@ def _points_by_seed(evidence, *terms, budget=None, teacher=None):  # (sign, cond
 
 def _points(evidence, *terms, over=_over_seeds, **of):
     values, files, why = _points_by_seed(evidence, *terms, **of)
-    return Measured(files=files, why=why) if why else over(list(values.values()), files)
+    if why: return Measured(files=files, why=why)
+    found = over(list(values.values()), files)
+    keys = {key for _, _, row in terms for key in AVERAGES.get(row, (row,))}
+    ceiling = all(run['numbers']['scores'][key] == 100 for run, _ in files for key in keys)
+    return replace(found, why='at the ceiling: every score is 100') if found.tied and ceiling else found
 
 def _contrast(evidence, a, b, row, **of): return _points(evidence, (1, a, row), (-1, b, row), **of)
 
@@ -926,7 +932,7 @@ def _spread_ratio(evidence, a, b, row):
     of_a, of_b, of_gap = (_points(evidence, (x, a, row), (y, b, row), over=_deviation) for x, y in ((1, 0), (0, 1), (1, -1)))
     if of_a.why: return of_a
     degrees = int(of_a.n.split()[0]) - 2
-    if not degrees or not of_a.value*of_b.value: return Measured(n=of_a.n, files=of_a.files, why='two seeds' if not degrees else 'the seeds agree exactly: no spread to judge by')
+    if not degrees or not of_a.value*of_b.value: return Measured(n=of_a.n, files=of_a.files, why='two seeds' if not degrees else 'the seeds agree exactly: no spread to judge by', tied=degrees > 0)
     correlation = (of_a.value**2 + of_b.value**2 - of_gap.value**2)/(2*of_a.value*of_b.value)
     k = 1 + 2*(1 - correlation**2)*student_t(degrees)**2/degrees
     ratio, factor = of_a.value/of_b.value, (k + (k*k - 1)**0.5)**0.5
@@ -994,7 +1000,7 @@ MEASURED: dict[str, Callable] = dict(  # name -> (evidence, words...) -> Measure
     lead=_lead, correlation=_correlation, correlation_at=_correlation_at, failures=_failures, none=lambda evidence: Measured())
 
 # %% ../nbs/60_results.ipynb #c095
-VERDICTS = ('reproduced', 'not reproduced', 'not tested at this scale')
+VERDICTS = REPRODUCED, NOT_REPRODUCED, UNDECIDED, UNTESTED = 'reproduced', 'not reproduced', 'undecided', 'not tested at this scale'
 _X = r'(-?[\d.]+)'
 RULES: dict[str, Callable] = {  # what a rule says -> (measured, the paper's, its numbers) -> whether the claim is reproduced
     rf'interval above {_X}': lambda m, paper, x: m.low > x,
@@ -1012,18 +1018,19 @@ def claim_verdict(
     paper: float,
 ) -> tuple[str, str]:    # one of VERDICTS; why not, '' where it is reproduced
     "What a rule makes of a measurement. Raises ValueError on an unknown rule."
-    if rule.startswith('never: '): return VERDICTS[2], rule.removeprefix('never: ')
+    if rule.startswith('never: '): return UNTESTED, rule.removeprefix('never: ')
     for pattern, holds in RULES.items():
         if match := re.fullmatch(pattern, rule): break
     else: raise ValueError(f'unknown rule {rule!r}; one of {", ".join(p.replace(_X, "X") for p in RULES)}, never: WHY')
-    if measured.why: return VERDICTS[2], measured.why
-    if rule.startswith('interval') and measured.low is None: return VERDICTS[2], 'no interval'
+    if measured.why: return UNDECIDED if measured.tied else UNTESTED, measured.why
+    if rule.startswith('interval') and measured.low is None: return UNTESTED, 'no interval'
     numbers = [float(x) for x in match.groups()]
-    if holds(measured, paper, *numbers): return VERDICTS[0], ''
-    if not rule.startswith('interval'): return VERDICTS[1], f'{measured.value/paper - 1:+.0%} off the paper' if '%' in rule else 'beyond the bound'
+    if holds(measured, paper, *numbers): return REPRODUCED, ''
+    if not rule.startswith('interval'): return NOT_REPRODUCED, f'{measured.value/paper - 1:+.0%} off the paper' if '%' in rule else 'beyond the bound'
     bounds = [(1 + sign*numbers[0]/100)*paper for sign in (-1, 1)] if '%' in rule else numbers
     inside = [f'{x:.3g}' for x in bounds if measured.low <= x <= measured.high]
-    return VERDICTS[1], f'undecided: the interval holds {" and ".join(inside)}' if inside else f'the interval lies {"outside" if len(bounds) > 1 else "on the other side"}'
+    if inside: return UNDECIDED, f'the interval holds {" and ".join(inside)}'
+    return NOT_REPRODUCED, f'the interval lies {"outside" if len(bounds) > 1 else "on the other side"}'
 
 def claims(
     folder: str | PurePath,   # outputs/SCALE/runs
@@ -1044,9 +1051,7 @@ def claim_counts(
     frame: pd.DataFrame,  # of `claims`
 ) -> str:
     "How many claims have which verdict, in Markdown."
-    undecided = int((frame.verdict.eq(VERDICTS[1]) & frame.why.str.startswith('undecided')).sum())
     rows = [[verdict, str(int((frame.verdict == verdict).sum()))] for verdict in VERDICTS]
-    rows[1][0] += f' (of these undecided, the interval holding the bound: {undecided})'
     return markdown_table(['verdict', 'claims'], rows + [['all', str(len(frame))]])
 
 def claims_markdown(
@@ -1080,6 +1085,29 @@ def save_table(
     tables = Path(out)/'tables'
     return [write_file(tables/f'{name}.csv', frame.to_csv(index=False, lineterminator='\n')), write_file(tables/f'{name}.md', markdown.strip() + '\n')]
 
+# %% ../nbs/60_results.ipynb #c101b
+def notebook_parameters(
+    path: str | Path,
+) -> dict:
+    "What a notebook's cell tagged `parameters` sets: names and values."
+    source = "\n".join("".join(cell["source"]) for cell in json.loads(Path(path).read_text())["cells"] if "parameters" in cell["metadata"].get("tags", ()))
+    return {target.id: ast.literal_eval(line.value) for line in ast.parse(source).body if isinstance(line, ast.Assign) for target in line.targets}
+
+
+def page_folders(
+    page: str,                 # a notebook of nbs/paper
+    given: dict,               # its globals()
+) -> tuple[Path, Path]:        # of the runs; of tables/ and figures/
+    "Where a page reads and writes: in outputs/SCALE unless it is told otherwise. Raises ValueError where it is asked for something else than a scale's page and `out` is not given."
+    own = notebook_parameters(root()/f'nbs/paper/{page}.ipynb')
+    other = [name for name, value in own.items() if name not in ('scale', 'out') and given[name] != value]
+    if lacking := [name for name, value in own.items() if value is not None and given[name] is None]:
+        raise ValueError(f'{lacking[0]} is None; {page} takes a value like {own[lacking[0]]!r}')
+    if other and given['out'] is None:
+        raise ValueError(f'{other[0]} {given[other[0]]!r} makes another {page} than scale {given["scale"]}\'s: give its folder as `out`')
+    home = root()/'outputs'/given['scale']
+    return Path(given.get('runs') or home/'runs'), Path(given['out'] or home)
+
 # %% ../nbs/60_results.ipynb #c104
 PUBLISHED = ('tables/*.md', 'tables/*.csv', 'figures/*.png', 'claims.md')
 PUBLISHED_OF_RUNS = ('runs/**/distill.json', 'runs/**/evaluate.json', 'runs/**/diagnose.json', 'runs/C[134]-seed*/answers.jsonl')
@@ -1099,15 +1127,19 @@ def publish(
     scale: str,                                    # "toy"
     outputs: str | PurePath | None = None,         # the folder that holds SCALE; None: outputs/ of the repository
 ) -> Path:                                         # outputs/published/SCALE
-    "Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing. Raises ValueError if there is nothing to publish."
+    "Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing. Raises ValueError if there is nothing to publish, or less than is published."
+    if PurePath(scale).parts != (scale,): raise ValueError(f'{scale!r} is no name of a scale')
     outputs = Path(outputs or root()/'outputs')
     source, target = outputs/scale, outputs/'published'/scale
+    fresh, earlier = target.with_name(f'.{scale}.fresh.tmp'), target.with_name(f'.{scale}.earlier.tmp')
+    if earlier.exists() and not target.exists(): earlier.rename(target)  # a publish that was killed half-way
     found, of_runs = ([path for pattern in patterns for path in sorted(source.glob(pattern))] for patterns in (PUBLISHED, PUBLISHED_OF_RUNS))
     found += [path for path in of_runs if any(path.with_name(f'{kind}.json').exists() for kind in ('evaluate', 'diagnose'))]
     if not found:
         raise ValueError(f'nothing to publish in {source}; run `make tables SCALE={scale}` first')
-    fresh, earlier = target.with_name(f'.{scale}.fresh.tmp'), target.with_name(f'.{scale}.earlier.tmp')
-    if earlier.exists() and not target.exists(): earlier.rename(target)  # a publish that was killed half-way
+    published = {path.relative_to(target) for path in target.rglob('*') if path.is_file() and path.name != 'manifest.json'}
+    if lost := sorted(published - {path.relative_to(source) for path in found}):
+        raise ValueError(f'{source} lacks {len(lost)} of the {len(published)} files that {target} has, {lost[0]} among them; complete it, or remove {target} first')
     for leftover in (fresh, earlier): shutil.rmtree(leftover, ignore_errors=True)
     try:
         for path in found: write_file(fresh/path.relative_to(source), path.read_bytes())

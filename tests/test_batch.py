@@ -17,9 +17,12 @@ RUN = "outputs/smoke/runs/C4-seed0-budget3000"
 pytestmark = pytest.mark.slow
 
 
+PLACE = "my  \"wörk\" 100% it's $HOME {x} & co;"  # of the repository: a name that shells and formats would read
+
+
 def command(target, *options, **config):
     choices = [f"{key}={value}" for key, value in ({"scale": "smoke"} | config).items()]
-    return [sys.executable, "-m", "snakemake", *options, "--config", *choices, "--", target]
+    return [".venv/bin/python", "-m", "snakemake", *options, "--config", *choices, "--", target]
 
 
 def batch(repository, target, **config):
@@ -63,8 +66,10 @@ def stopped(engine):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, copy_of_repository):
-    "The repository as it is committed."
-    return copy_of_repository(tmp_path_factory.mktemp("repository"))
+    "The repository as it is committed, beside an installation."
+    copy = copy_of_repository(tmp_path_factory.mktemp("repository") / PLACE)
+    (copy / ".venv").symlink_to(sys.prefix)
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,7 @@ def planned(repository, target, **config):
 def four_teachers(tmp_path_factory, copy_of_repository):
     "The repository with the files of four toy teachers."
     repository = copy_of_repository(tmp_path_factory.mktemp("four"))
+    (repository / ".venv").symlink_to(sys.prefix)
     for name in ("toy-internvl", "toy-glm4v", "toy-minicpmv"):
         folder = repository / "outputs/teachers" / name
         folder.mkdir(exist_ok=True)
@@ -147,8 +153,10 @@ def test_a_start_that_is_not_there_is_refused(four_teachers):
 @pytest.mark.parametrize("choice, message", [
     (dict(scale="toi"), "unknown scale 'toi'; one of nobody, paper, small, smoke, toy"),
     (dict(conditions="C1 C9"), "unknown condition 'C9'; one of C0, C1"),
-    (dict(seeds="0 one"), "unknown seed 'one'; a seed is a whole number"),
-    (dict(scale="nobody"), "unknown teacher 'outputs/teachers/nobody'; there are outputs/teachers/toy-"),
+    (dict(seeds="0 one"), "unknown seed 'one'; a seed is a whole number"), (dict(seeds="-1"), "unknown seed '-1'"), (dict(seeds=2**32), f"unknown seed {2**32}; a seed is a whole number from 0 to"),
+    (dict(scale=""), "scale is empty; leave it out, or name one"), (dict(conditions=""), "conditions is empty"), (dict(seeds=""), "seeds is empty"),
+    (dict(scale="nobody"), "scale nobody can't train here: unknown teacher 'outputs/teachers/nobody'; there are outputs/teachers/toy-"),
+    (dict(scale="paper"), "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher 'Qwen/Qwen3-VL-8B-Instruct' is neither"),
     (dict(condition="C1"), "unknown setting 'condition'; allowed: scale, conditions, seeds"),
 ])
 def test_a_wrong_choice_is_refused_in_one_line_before_any_job(repository, choice, message):
@@ -186,6 +194,54 @@ def test_the_teacher_of_smoke_leaves_those_of_the_repository(finished):
     assert "train the teacher outputs/smoke/teacher" in jobs(said) and (repository / "outputs/smoke/teacher/teacher.json").exists()
     tracked = subprocess.run(["git", "ls-files", "-z", "outputs/teachers"], cwd=Path(__file__).parent.parent, capture_output=True, text=True).stdout
     assert all((repository / name).read_bytes() == (Path(__file__).parent.parent / name).read_bytes() for name in tracked.split("\0") if name)
+
+
+def test_a_part_of_a_scale_has_tables_of_its_own(finished):
+    repository, _ = finished
+    before = contents(repository / "outputs")
+    table = Path("outputs/smoke/parts/C4-seeds-0/tables/table_01.md")
+    code, said = batch(repository, str(table), conditions="C4", seeds="0")
+    assert code == 0 and jobs(said) == ["table_01"], said
+    after = contents(repository / "outputs")
+    assert {path: after[path] for path in before} == before and {path.parts[:4] for path in after.keys() - before.keys()} == {("smoke", "parts", "C4-seeds-0", name) for name in ("tables", "notebooks")}
+    assert "C4-seed0-budget3000" in (repository / table).read_text() and "C1-seed0" not in (repository / table).read_text()
+
+
+def test_a_seed_that_is_measured_in_part_stays_in_the_table(four_teachers, budget):
+    "Beside the first seed, which is to be measured."
+    made = [four_teachers / f"outputs/toy/runs/C4-seed2-budget{budget.split()[0]}/{kind}.json" for kind in ("distill", "evaluate")]
+    for path in made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    shown = subprocess.run(command("tables", "--dry-run", "--printshellcmds", scale="toy"), cwd=four_teachers, capture_output=True, text=True).stdout
+    shutil.rmtree(four_teachers / "outputs/toy")
+    assert re.search(r"nbs/paper/table_01.ipynb .*\"seeds\": \[0, 2\]", shown) and not re.search("distill C., seed 2", shown)
+
+
+@pytest.mark.parametrize("given, message", [
+    *((["clean", f"SCALE={scale}"], f"unknown scale '{scale}'; one of paper small smoke toy") for scale in
+      ("teachers", "published", "smoke teachers", "toy/../teachers", "../scales/toy", ".", "%", "toy;touch hostile", "`touch hostile`", "'", "-rf")),
+    (["clean", "SCALE="], "SCALE is empty"), (["clean-runs", "SCALE=  "], "SCALE is empty"), (["publish", "SCALE=nobody"], "unknown scale 'nobody'"), (["tables", "SEEDS="], "SEEDS is empty"),
+    *(([target, f"{name}=$(shell touch hostile)"], f"{name} holds a dollar sign") for target, name in
+      (("clean", "SCALE"), ("tables", "CONDITIONS"), ("all", "SEEDS"), ("many", "MINUTES"), ("many", "EVALUATE"), ("clean-runs", "CONFIRM"))),
+])
+def test_make_refuses_what_is_no_scale_and_what_a_shell_would_run(repository, given, message):
+    done = subprocess.run(["make", "-n", "-o", ".venv/ok", *given], cwd=repository, capture_output=True, text=True)
+    assert done.returncode and not done.stdout and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (repository / "hostile").exists()
+
+
+@pytest.mark.parametrize("target, given, message", [
+    ("many", dict(CONDITIONS="C1'; touch hostile; '", MINUTES="1"), "unknown condition \"C1';\""), ("many", dict(SEEDS='0" `touch hostile` "'), "unknown seed '0\"'"),
+    ("many", dict(MINUTES=".nan"), "MINUTES is '.nan'; it takes a number above 0"), ("many", dict(EVALUATE="[yes"), "EVALUATE is '[yes'; it takes true or false"),
+    ("many", dict(SCALE="paper", EVALUATE="false"), "scale paper can't train here: its data"),
+    ("tables", dict(CONDITIONS='C1"; touch hostile; "'), "unknown condition 'C1\";'"), ("publish", dict(SCALE="toy"), "nothing to publish in"),
+    ("clean-runs", dict(SCALE="toy", CONFIRM='"); open("hostile", "w'), "nothing in"),
+])
+def test_make_hands_over_what_it_is_given_as_it_is(repository, target, given, message):
+    done = subprocess.run(["make", "-o", ".venv/ok", target, *(f"{name}={value}" for name, value in given.items())], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert [line for line in done.stdout.splitlines() if message in line] and "Traceback" not in done.stdout
+    assert not (repository / "hostile").exists()
 
 
 def test_a_failed_notebook_is_named_and_the_rest_is_done(finished):

@@ -15,7 +15,7 @@ from heed_nb.regression import CORRELATIONS
 from heed_nb.results import (AVERAGES, MEASURED, RULES, VERDICTS, Measured, claim_verdict, claims, claims_markdown, paper_claims, paper_value, publish, read_run, run_name,
                              student_t)
 
-REPRODUCED, NOT, UNTESTED = VERDICTS
+REPRODUCED, NOT, UNDECIDED, UNTESTED = VERDICTS
 SCALE = Scale("made", teacher="t", token_budget=4000, budgets=(1000, 4000), teachers={"t": {}, "other": {}})
 
 
@@ -101,10 +101,10 @@ def test_student_t_is_scipys():
 
 
 @pytest.mark.parametrize("rule, low, high, verdict", [
-    ("interval above 0", 0.1, 2, REPRODUCED), ("interval above 0", -0.1, 2, NOT), ("interval above -2", -1.9, 0, REPRODUCED), ("interval below 0", -2, -0.1, REPRODUCED),
-    ("interval below 0", -2, 0.1, NOT),
-    ("interval within 10 % of the paper", 0.91, 1.09, REPRODUCED), ("interval within 10 % of the paper", 0.91, 1.11, NOT), ("interval within 10 % of the paper", 0.8, 1.09, NOT),
-    ("interval within -1 and 1", -0.9, 0.9, REPRODUCED), ("interval within -1 and 1", -0.9, 1.1, NOT), ("interval above 0", None, None, UNTESTED)])
+    ("interval above 0", 0.1, 2, REPRODUCED), ("interval above 0", -0.1, 2, UNDECIDED), ("interval above 0", -2, -0.1, NOT), ("interval above -2", -1.9, 0, REPRODUCED), ("interval below 0", -2, -0.1, REPRODUCED),
+    ("interval below 0", -2, 0.1, UNDECIDED),
+    ("interval within 10 % of the paper", 0.91, 1.09, REPRODUCED), ("interval within 10 % of the paper", 0.91, 1.11, UNDECIDED), ("interval within 10 % of the paper", 1.11, 1.2, NOT), ("interval within 10 % of the paper", 0.8, 1.09, UNDECIDED),
+    ("interval within -1 and 1", -0.9, 0.9, REPRODUCED), ("interval within -1 and 1", -0.9, 1.1, UNDECIDED), ("interval above 0", None, None, UNTESTED)])
 def test_interval_rules(rule, low, high, verdict):
     assert claim_verdict(rule, Measured(1.0, low, high), 1.0)[0] == verdict
 
@@ -136,11 +136,11 @@ def test_a_contrast_over_seeds(tmp_path):
     assert line.runs == "C4-seed{0,1,2}-budget4000/evaluate.json C3-seed{0,1,2}-budget4000/evaluate.json"
 
 
-@pytest.mark.parametrize("c4, why", [([53, 50, 51], "undecided: the interval holds 0"), ([45, 46, 46], "the interval lies on the other side")])
-def test_a_contrast_that_is_not_there(tmp_path, c4, why):
+@pytest.mark.parametrize("c4, verdict, why", [([53, 50, 51], UNDECIDED, "the interval holds 0"), ([45, 46, 46], NOT, "the interval lies on the other side")])
+def test_a_contrast_that_is_not_there(tmp_path, c4, verdict, why):
     evaluated(tmp_path, "C3", [50, 52, 51])
     evaluated(tmp_path, "C4", c4)
-    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [NOT, why]
+    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [verdict, why]
 
 
 def test_one_seed_and_equal_seeds_decide_nothing(tmp_path):
@@ -149,7 +149,12 @@ def test_one_seed_and_equal_seeds_decide_nothing(tmp_path):
     line = judged(tmp_path).loc["c4_c3_average"]
     assert (line.verdict, line.why, line.value, line.runs) == (UNTESTED, "one seed", 10, "C4-seed0-budget4000/evaluate.json C3-seed0-budget4000/evaluate.json") and np.isnan(line.low)
     evaluated(tmp_path, "C4", [60, 61])
-    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [UNTESTED, "the seeds agree exactly: no spread to judge by"]
+    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [UNDECIDED, "the seeds agree exactly: no spread to judge by"]
+    for condition in ("C3", "C4"):
+        evaluated(tmp_path, condition, [100, 100])
+    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [UNDECIDED, "at the ceiling: every score is 100"]
+    evaluated(tmp_path, "C4", [99, 99])
+    assert judged(tmp_path).why.c4_c3_average == "the seeds agree exactly: no spread to judge by"
 
 
 def test_runs_that_can_not_be_paired_decide_nothing(tmp_path):
@@ -212,7 +217,7 @@ def test_density_is_the_larger_gain_only_where_it_gains(tmp_path):
     evaluated(tmp_path, "C5", [5, 6, 9])
     evaluated(tmp_path, "C4", [49, 52, 52])
     line = judged(tmp_path).loc["density_most"]
-    assert list(line[["value", "verdict", "why"]]) == [0, NOT, "undecided: the interval holds 0"]
+    assert list(line[["value", "verdict", "why"]]) == [0, UNDECIDED, "the interval holds 0"]
     evaluated(tmp_path, "C4", [54, 57, 55])
     assert judged(tmp_path).verdict.density_most == REPRODUCED
     evaluated(tmp_path, "C5", [64, 62, 66])
@@ -250,7 +255,7 @@ def test_training_costs(tmp_path):
     assert at.value.cost_c4_c3 == pytest.approx(1.021) and at.verdict.cost_c4_c3 == REPRODUCED and "distill.json" in at.runs.cost_c4_c3
     for seed in range(2):
         write(tmp_path, "distill", "C4", seed, dict(seconds=204 + 40 * seed, tokens=2000))
-    assert list(judged(tmp_path).loc["cost_c4_c3", ["verdict", "why"]]) == [NOT, "undecided: the interval holds 0.98 and 1.08"]
+    assert list(judged(tmp_path).loc["cost_c4_c3", ["verdict", "why"]]) == [UNDECIDED, "the interval holds 0.98 and 1.08"]
     assert list(at.loc["cost_c4_c1", ["verdict", "why"]]) == [UNTESTED, "timed on different machines or threads"]
 
 
@@ -272,7 +277,7 @@ def test_a_diagnosis(tmp_path):
     assert set(at.verdict[fisher]) == {UNTESTED} and set(at.why[fisher]) == {"the diagnosis found no order to correlate"}
     diagnosed(tmp_path, 1, dict(value=1.4, low=0.9, high=1.7), density=0.05, largest=0.2)
     at = judged(tmp_path)
-    assert list(at.loc["drift_direction", ["value", "low", "high", "verdict"]]) == [pytest.approx(2.4), 0.9, 3.7, NOT]
+    assert list(at.loc["drift_direction", ["value", "low", "high", "verdict"]]) == [pytest.approx(2.4), 0.9, 3.7, UNDECIDED]
     assert at.verdict[["drift_ratio", "drift_r2_density", "density_largest"]].to_list() == [NOT] * 3 and at.why.drift_ratio == "-33% off the paper"
 
 
@@ -317,7 +322,7 @@ def test_figure_3_has_all_curves_and_the_papers_numbers(tmp_path, root, monkeypa
     run["numbers"]["deciles"] = dict.fromkeys(("drift", "relative drift", "importance", "ablation"), curve)
     run["numbers"]["regressions"]["relative drift"] = run["numbers"]["regressions"]["drift"]
     path.write_text(json.dumps(run))
-    notebook(root, "figure_03", out=tmp_path)
+    notebook(root, "figure_03", runs=tmp_path / "runs", out=tmp_path)
     text = (tmp_path / "tables/figure_03.md").read_text()
     row = lambda what: next([cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines() if line.startswith(f"| {what}"))
     assert row("ablation, densest over") == ["3.5", "1.5 [1.2, 1.8]"] and row("importance, one by one, densest minus") == ["", "not measured"]

@@ -1,10 +1,11 @@
 "The registry says what the paper's tables 3 and 10 say; scales and parameters are refused with one line."
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from heed_nb.conditions import (BENCHMARKS, CONDITIONS, Condition, TrainSettings, alignment_table, check_parameters, get_condition,
-                                load_scale, recipe_table)
+from heed_nb.conditions import (BENCHMARKS, CONDITIONS, PARAMETERS, SCALE_KEYS, SECTION_KEYS, Condition, TrainSettings, alignment_table,
+                                check_parameters, get_condition, load_scale, recipe_table)
 
 TABLE_3 = """
 LoLCATs        | x |   | x |   |
@@ -54,6 +55,29 @@ def test_ladder_and_benchmarks_are_complete():
     assert list(BENCHMARKS)[:2] == ["ocrbench_v2", "docvqa"] and len(BENCHMARKS) == 10
 
 
+NAN, INF, HUGE = float("nan"), float("inf"), 10**400
+WRONG = (NAN, INF, -1, HUGE, True, None, "", "some words", b"x", [], [NAN], ["a", []], {}, {"some": "words"}, {1: NAN})
+
+
+def taken(call):
+    "Which of WRONG a call takes, as they print. It refuses the others with a ValueError of one line."
+    found = []
+    for value in WRONG:
+        try:
+            call(value)
+        except ValueError as error:
+            assert str(error) and len(str(error).splitlines()) == 1
+        else:
+            found.append(repr(value))
+    return found
+
+
+def test_settings_take_their_own_kind_of_value_alone():
+    given = {f.name: taken(lambda value: TrainSettings(**{"token_budget": 1000, f.name: value})) for f in fields(TrainSettings)}
+    paths = {name: ["None", "'some words'"] for name in ("density_cache", "gradient_cache")}
+    assert {name: values for name, values in given.items() if values} == {"threads": ["None"]} | paths
+
+
 @pytest.fixture
 def scale_file(tmp_path, monkeypatch):
     path = tmp_path / "workflow" / "scales" / "tiny.yaml"
@@ -75,11 +99,14 @@ def test_a_scale_is_read_from_below_the_repository(scale_file):
     ({"train.learning_rate": 1}, "unknown key 'learning_rate' in train of"),
     ({"train.seed": 1}, "unknown key 'seed' in train of"),
     ({"conditions": ["C1", "C9"]}, "unknown condition 'C9'; one of C0, C1"),
-    ({"conditions": "C1"}, "conditions is 'C1'"),
-    ({"seeds": ["zero"]}, "seeds is 'zero'"),
+    ({"conditions": "C1"}, "conditions is 'C1'"), ({"conditions": [["C1"]]}, "conditions is (['C1'],); it takes names"),
+    ({"seeds": ["zero"]}, "seeds holds 'zero'; it takes whole numbers from 0 to 4294967295"), ({"seeds": [-1]}, "seeds holds -1"), ({"seeds": []}, "seeds is ()"),
+    ({"teachers": {1: None}}, "teachers holds 1; a teacher is a folder"), ({"teachers": {"b": {"start": [1]}}}, "teacher 'b' starts from [1]"),
+    ({"train.stages": [0.5, 0.5, float("nan")]}, "stages is (0.5, 0.5, nan); three shares"), ({"train.betas": [0.9, "x"]}, "betas is 'x'"),
+    ({1: 2}, "overrides is {1: 2}; it takes a mapping"), ("train.lr", "overrides is 'train.lr'; it takes a mapping"),
     ({"token_budget": 0}, "token_budget is 0; it must be above 0"),
     ({"evaluate.dtype": "fp8"}, "unknown evaluate.dtype 'fp8'; one of float32, bfloat16"), ({"diagnose.images": 0}, "diagnose.images is 0; it takes a whole number above 0"),
-    ({"diagnose.pages": 3}, "unknown key 'pages' in diagnose of"), ({"budgets": [-5]}, "token_budget is -5"), ({"side_budgets": [0.5]}, "side_budgets is 0.5"),
+    ({"diagnose.pages": 3}, "unknown key 'pages' in diagnose of"), ({"budgets": [-5]}, "budgets holds -5"), ({"side_budgets": [0.5]}, "side_budgets holds 0.5"),
     ({"train.lr": "fast"}, "lr is 'fast'"),
     ({"train.lr": float("nan")}, "lr is nan; it must be above 0"),
     ({"train.batch_size": 2.5}, "batch_size is 2.5"),
@@ -91,10 +118,10 @@ def test_a_scale_is_read_from_below_the_repository(scale_file):
     ({"data": "laion"}, "unknown data 'laion'; one of toyworld, paper"),
     ({"evaluate.questions": 0}, "evaluate.questions is 0"),
     ({"evaluate.mirror": 3}, "evaluate.mirror is 3"),
-    ({"side_seeds": ["all"]}, "side_seeds is 'all'"),
+    ({"side_seeds": ["all"]}, "side_seeds holds 'all'"),
     ({"more_seeds": {"C9": [3]}}, "unknown condition 'C9'"),
     ({"more_seeds": {"C3": 3}}, "more_seeds of C3 is 3"),
-    ({"more_seeds": {"C3": ["x"]}}, "more_seeds of C3 is 'x'"),
+    ({"more_seeds": {"C3": ["x"]}}, "more_seeds of C3 holds 'x'"),
     ({"teachers": ["t"]}, "teachers is ['t']"),
     ({"teachers": {"t": 600}}, "teachers: 't' is 600; it takes arguments of train_teacher"),
     ({"teachers": {"a/toy": None, "b/toy": None}}, "teachers 'a/toy' and 'b/toy' have one name"),
@@ -105,6 +132,37 @@ def test_a_wrong_scale_is_refused(scale_file, overrides, message):
     with pytest.raises(ValueError) as error:
         load_scale("tiny", overrides)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_scale_takes_values_of_a_key_s_kind_alone(scale_file):
+    keys = [*SCALE_KEYS, *(f"{section}.{key}" for section, known in SECTION_KEYS.items() for key in known)]
+    given = {key: taken(lambda value: load_scale("tiny", {key: value})) for key in keys}
+    texts = {name: ["'some words'"] for name in ("teacher", "evaluate.mirror")} | {f"train.{name}": ["None", "'some words'"] for name in ("density_cache", "gradient_cache")}
+    lists = dict.fromkeys(("side_seeds", "budgets", "side_budgets", "open_points"), ["[]"])
+    mappings = dict.fromkeys(("teachers", "more_seeds", "train", "evaluate", "diagnose"), ["{}"])
+    assert {key: values for key, values in given.items() if values} == texts | lists | mappings | {"gpu": ["True"], "train.threads": ["None"]}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+MERGED = "a: &a {x: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [*{a}, *{a}]}}\n" for i, a in enumerate(["a", *(f"b{i}" for i in range(40))]))
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"", "lacks 'teacher'"), (b"# nothing\n", "lacks 'teacher'"), (b"- teacher\n", "tiny.yaml holds ['teacher']; it takes keys with values"),
+    (b"toy", "tiny.yaml holds 'toy'"), (b"teacher: t\n\ttoken_budget: 5\n", "tiny.yaml can't be read: while scanning"), (b"train: {lr: 1\n", "tiny.yaml can't be read: "),
+    (b"teacher: \xff\xfe\n", "tiny.yaml can't be read: 'utf-8' codec"), (b"teacher: t\0\n", "tiny.yaml can't be read: "),
+    (b"teacher: t\ntoken_budget: 5\nteacher: u\n", "tiny.yaml can't be read: line 1 begins a mapping that has 'teacher' twice"),
+    (b"teacher: t\ntrain:\n  lr: 1\n  lr: 2\n", "line 3 begins a mapping that has 'lr' twice"), (b"teacher: &a [*a]\n", "more than 10,000 values"),
+    (BOMB.encode(), "more than 10,000 values"), (MERGED.encode(), "more than 10,000 values"), (b"[" * 5000, "tiny.yaml can't be read: "),
+    (b"teacher: !!python/object/apply:os.getcwd []\n", "tiny.yaml can't be read: "), (b"teacher: !!timestamp x\n", "tiny.yaml can't be read: "),
+    (b"teacher: t\ntoken_budget: 5\n? [1]\n: 2\n", "tiny.yaml"), (b"teacher: t\ntoken_budget: " + b"9" * 5000, "tiny.yaml can't be read: "),
+    (b"teacher: *t\n", "tiny.yaml can't be read: "), (b"a: 1\n---\nb: 2\n", "tiny.yaml can't be read: "),
+], ids=range(20))
+def test_a_file_that_is_no_scale_is_refused(scale_file, text, message):
+    scale_file.write_bytes(text)
+    with pytest.raises(ValueError) as error:
+        load_scale("tiny")
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 600
 
 
 def test_the_teachers_of_a_scale(scale_file):
@@ -144,3 +202,10 @@ def test_a_misspelt_notebook_parameter_is_refused():
     check_parameters({"scale": "toy", "In": [], "Out": {}, "_i": "", "print": print, "pytest": pytest}, ("scale", "seed"))
     with pytest.raises(ValueError, match="unknown parameter 'sed'; allowed: scale, seed"):
         check_parameters({"scale": "toy", "sed": 1}, ("scale", "seed"))
+
+
+def test_a_parameter_of_a_notebook_takes_its_own_kind_of_value_alone():
+    given = {name: taken(lambda value: check_parameters({name: value}, (name,))) for name in PARAMETERS}
+    texts = dict.fromkeys(("teacher", "student", "samples", "dtype", "runs", "out"), ["None", "'some words'"]) | dict.fromkeys(("scale", "condition"), ["'some words'"])
+    needed = dict(batch_size=[], table_images=[], pair=[], overrides=["{}", "{'some': 'words'}", "{1: nan}"], evaluate=["True"])
+    assert given == dict.fromkeys(PARAMETERS, ["None"]) | texts | needed | dict(side_budgets=["None", "[]"], ablate=["-1", "None"])

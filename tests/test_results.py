@@ -301,6 +301,18 @@ def test_table_1_of_a_part(paper, tmp_path, conditions):
         assert cell(text, "Fine-grained Avg. (6)", "C0 Teacher") == ""
 
 
+@pytest.mark.parametrize("page, given", [
+    ("table_01", dict(conditions=["C4"])), ("table_01", dict(seeds=[1])), ("table_01", dict(runs="elsewhere")), ("figure_01", dict(token_budget=5)), ("claims", dict(runs="elsewhere")),
+    ("table_01_budgets", dict(seeds=[0])), ("table_05", dict(conditions=["C0", "C4"])), ("table_06", dict(teachers=["outputs/teachers/toy-glm4v"])), ("table_09", dict(seeds=[1])),
+    ("table_08", dict(side_conditions=[])), ("figure_06", dict(pair=["C1", "C4"])), ("figure_a8", dict(seeds=[0])), ("open_points", dict(choices=["init=mamba"])),
+    ("figure_03", dict(condition="C4")), ("figure_02", dict(teacher="outputs/teachers/toy-glm4v")), ("table_03_runs", dict(conditions=["C0", "C1"]))])
+def test_a_part_of_a_page_has_a_folder_of_its_own(paper, root, page, given):
+    (name, value), = given.items()
+    with pytest.raises(ValueError, match=rf"^({name} {re.escape(repr(value))} makes another {page} than scale smoke's: give its folder as `out`|side_conditions is \[\]; .*)$"):
+        paper(page, scale="smoke", **given)
+    assert not (root / "outputs/smoke/tables").exists()
+
+
 def test_table_1_of_nothing_fails_and_leaves_the_earlier(paper, tmp_path):
     write_file(tmp_path / "tables" / "table_01.md", "earlier")
     with pytest.raises(ValueError, match=r"^no run of C0, C1, C2, C3, C4 at 200000 tokens in .*runs; run `make all SCALE=toy` first$"):
@@ -311,12 +323,18 @@ def test_table_1_of_nothing_fails_and_leaves_the_earlier(paper, tmp_path):
 @pytest.mark.parametrize("parameters, message", [
     (dict(scael="toy"), "unknown parameter 'scael'; allowed: scale"),
     (dict(scale="toi"), "unknown scale 'toi'; one of "),
-    (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0")])
+    (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0"),
+    (dict(conditions=[]), "conditions is []; it takes a list of names, or nothing"),
+    (dict(seeds=[float("nan")]), "seeds is [nan]; it takes a list of whole numbers"),
+    (dict(token_budget="200k"), "token_budget is '200k'; it takes a whole number above 0"),
+    (dict(runs=""), "runs is ''; it takes a text that is not empty")])
 def test_table_1_refuses(paper, tmp_path, parameters, message):
     made_up(tmp_path / "runs", conditions=("C0",))
     with pytest.raises(ValueError, match=re.escape(message)):
-        paper("table_01", runs=tmp_path / "runs", out=tmp_path, **parameters)
+        paper("table_01", **dict(runs=tmp_path / "runs", out=tmp_path) | parameters)
     assert not (tmp_path / "tables").exists()
+    with pytest.raises(ValueError, match=r"^conditions is None; table_09 takes a value like \['C0', 'C3', 'C4'\]$"):
+        paper("table_09", runs=tmp_path / "runs", out=tmp_path, conditions=None)
 
 
 def runs_with(folder, ocr, teacher=None, family="qwen3_vl", budget=2000):
@@ -470,6 +488,27 @@ def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
     assert [p.name for p in target.parent.iterdir()] == ["toy"]
     monkeypatch.undo()
     assert (publish("toy", tmp_path) / "tables" / "table_01.md").read_text() == "second"
+
+
+@pytest.mark.parametrize("lost", ["tables/table_01.md", "figures/figure_01.png", "claims.md", f"runs/{run_name('C3', 0, 1000)}/evaluate.json"])
+def test_less_than_is_published_is_not_published(tmp_path, lost):
+    made_up(tmp_path / "toy" / "runs", seeds=(0,), budgets=(1000,))
+    for name in ("tables/table_01.md", "figures/figure_01.png", "claims.md"):
+        write_file(tmp_path / "toy" / name, "whole")
+    target = publish("toy", tmp_path)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    (tmp_path / "toy" / lost).unlink()
+    with pytest.raises(ValueError, match=rf"toy lacks 1 of the 8 files that .* has, {re.escape(lost)} among them; complete it, or remove .*published/toy first$"):
+        publish("toy", tmp_path)
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("scale", ["", ".", "..", "published/toy", "toy/../teachers", "/toy"])
+def test_what_is_no_scale_is_not_published(tmp_path, scale):
+    write_file(tmp_path / "published" / "toy" / "tables" / "table_01.md", "earlier")
+    with pytest.raises(ValueError, match="is no name of a scale$|^nothing to publish in "):
+        publish(scale, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"published"} and {path.name for path in (tmp_path / "published").iterdir()} == {"toy"}
 
 
 def test_publish_tells_of_mixed_code(tmp_path, capsys):
