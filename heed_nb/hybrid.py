@@ -36,7 +36,7 @@ from .minicpm import (MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, Mini
     register_public_names)
 from .mixers import MIXERS, has_holes
 from .ssd import _check_sequences
-from .teachers import family_class, family_of
+from .teachers import check_tensors, family_class, family_of
 
 # %% ../nbs/28_hybrid.ipynb #c006
 LAYER_TYPES = ("linear_attention", "full_attention")
@@ -110,7 +110,7 @@ class Hybrid:
         "The library's, which starts a missing tensor at random: raises ValueError on one, unless `output_loading_info` asks for the list."
         model, report = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if output_loading_info: return model, report
-        if missing := sorted(report["missing_keys"]): raise ValueError(f"the weights in {pretrained_model_name_or_path} lack {len(missing)} tensors, first {missing[0]}")
+        check_tensors(report["missing_keys"], pretrained_model_name_or_path)
         return model
 
 class HybridTextModel(Hybrid):

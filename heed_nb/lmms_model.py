@@ -16,19 +16,18 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.protocol import ChatMessages
 from PIL import ImageFile
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, GenerationConfig
 
 import heed_nb.hybrid
 from . import toyworld
 from .conditions import TASKS
-from .teachers import family_of
+from .teachers import greedy_answers, load_teacher
 
 # %% ../nbs/48_lmms_model.ipynb #c003
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # importing lmms_eval.api.task sets it to True for the whole process
 
 # %% ../nbs/48_lmms_model.ipynb #c005
 class HeedVLM(lmms):
-    "A teacher or a student as an lmms-eval chat model. Raises ValueError on a checkpoint that lacks tensors."
+    "A teacher or a student as an lmms-eval chat model. Raises ValueError as `load_teacher` does."
 
     is_simple = False  # a chat model: requests carry messages
 
@@ -40,12 +39,8 @@ class HeedVLM(lmms):
         batch_size: int = 64,
     ):
         super().__init__()
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            pretrained, dtype=dtype, output_loading_info=True)
-        if lacking := sorted(report["missing_keys"]):
-            raise ValueError(f"the weights in {pretrained} lack {len(lacking)} tensors, {lacking[0]} the first")
-        self.model = model.to(device).eval()
-        self.processor = family_of(model).processor_class.from_pretrained(pretrained)
+        model, self.processor = load_teacher(pretrained, dtype=getattr(torch, dtype))
+        self.model = model.to(device)
         self.device, self.batch_size = torch.device(device), int(batch_size)
         self.bar = sys.stderr
 
@@ -74,18 +69,9 @@ class HeedVLM(lmms):
         _, doc_to_messages, _, doc, task, split = request.args
         return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc])).to_hf_messages()
 
-    @torch.inference_mode()
     def texts(self, chats: list[list[dict]], max_new_tokens: int) -> list[str]:
         "What the model writes after each chat."
-        tokenizer = self.processor.tokenizer
-        inputs = self.processor.apply_chat_template(
-            chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-            processor_kwargs=dict(padding=True, padding_side="left")).to(self.device)
-        stop = self.model.generation_config.eos_token_id
-        tokens = self.model.generate(**inputs, generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id if stop is None else stop))
-        return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        return greedy_answers(self.model, self.processor, chats, max_new_tokens)
 
     def loglikelihood(self, requests):
         raise NotImplementedError("the tasks here are generated, none asks for likelihoods")

@@ -4,18 +4,20 @@ import json
 import os
 import random
 import sys
-from functools import partial
+import types
+from functools import cache, partial
 
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
 from heed_nb import evaluate as module
 from heed_nb import toyworld
 from heed_nb.conditions import BENCHMARKS
-from heed_nb.evaluate import anls, evaluate, relaxed_accuracy, task_files
+from heed_nb.evaluate import METRICS, anls, edit_distance, evaluate, relaxed_accuracy, task_files
 from heed_nb.hybrid import to_hybrid
+from heed_nb.teachers import load_teacher
 
 torch.set_num_threads(1)
 
@@ -53,7 +55,78 @@ def oracle(monkeypatch):
     return put
 
 
+def say(oracle, answers):
+    "Puts a model in place that gives the i-th question of a task the i-th answer."
+    oracle(lambda task, row, i: answers[i % len(answers)])
+
+
 def lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Greedy answers
+
+
+CHATS = [[{"role": "user", "content": [{"type": "image", "image": q.image}, {"type": "text", "text": q.question}]}]
+         for q in toyworld.benchmark("docvqa", 2, 0)]
+
+
+@pytest.fixture(scope="module")
+def loaded(models):
+    return cache(lambda name: load_teacher(models / name))
+
+
+@pytest.fixture(scope="module")
+def likeliest(loaded):
+    "A function: the answers to CHATS, one argmax at a time, each alone and without a cache."
+    @cache
+    def answers(name, ends):
+        (model, processor), said = loaded(name), []
+        for chat in CHATS:
+            batch = dict(processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"))
+            prompt = batch["input_ids"].shape[1]
+            while batch["input_ids"].shape[1] < prompt + 6 and not (batch["input_ids"].shape[1] > prompt and batch["input_ids"][0, -1] in ends):
+                with torch.no_grad(): batch["input_ids"] = torch.cat([batch["input_ids"], model(**batch).logits[:, -1:].argmax(-1)], 1)
+                for key, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)): batch[key] = torch.nn.functional.pad(batch[key], (0, 1), value=fill)
+            said.append(processor.tokenizer.decode(batch["input_ids"][0, prompt:], skip_special_tokens=True))
+        return said
+
+    return answers
+
+
+@pytest.mark.parametrize("name, settings", [
+    *[("student", {key: value}) for key, value in dict(
+        repetition_penalty=1.5, encoder_repetition_penalty=0.5, no_repeat_ngram_size=1, bad_words_ids=[[i] for i in range(20, 90)],
+        suppress_tokens=list(range(20, 90)), begin_suppress_tokens=list(range(20, 90)), sequence_bias=[[[40], 50.0]], forced_bos_token_id=40,
+        forced_eos_token_id=40, exponential_decay_length_penalty=[1, 1.5], min_new_tokens=8, min_length=400, max_new_tokens=2, max_length=3,
+        num_beams=3, max_time=1e-6, stop_strings=["a", "e"], remove_invalid_values=True, renormalize_logits=True,
+        use_cache=False, cache_implementation="offloaded", return_dict_in_generate=True, output_scores=True, token_healing=True,
+        low_memory=True, penalty_alpha=0.6, dola_layers="high", guidance_scale=3.0, prefill_chunk_size=4).items()],
+    ("student", dict(do_sample=True, temperature=5.0, top_k=40, top_p=0.9, min_p=0.1, typical_p=0.9, epsilon_cutoff=0.1, eta_cutoff=0.1, top_h=0.5)),
+    ("student", dict(watermarking_config={"bias": 9.0, "greenlist_ratio": 0.25})),
+    ("student", dict(num_beams=4, num_return_sequences=2, num_beam_groups=2, diversity_penalty=1.0, early_stopping=True, length_penalty=2.0)),
+    ("teacher", dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=2)),
+    *[(name, {"eos_token_id": [40, 41]}) for name in ("teacher", "student")],
+], ids=lambda value: value if isinstance(value, str) else "+".join(value)[:40])
+def test_only_its_end_tokens_of_a_generation_config_count(monkeypatch, loaded, likeliest, name, settings):
+    from heed_nb import lmms_model
+    model, processor = loaded(name)
+    given = GenerationConfig.from_dict(model.generation_config.to_dict() | settings)
+    monkeypatch.setattr(model, "generation_config", given)
+    monkeypatch.setattr(lmms_model, "load_teacher", lambda *args, **kwargs: (model, processor))
+    wanted = likeliest(name, (processor.tokenizer.eos_token_id, *settings.get("eos_token_id", [])))
+    assert lmms_model.HeedVLM("anywhere").texts(CHATS, 6) == wanted and model.generation_config is given
+
+
+def test_a_generation_config_of_a_folder_changes_no_score(models, tmp_path):
+    import shutil
+    folder = shutil.copytree(models / "student", tmp_path / "student")
+    path = folder / "generation_config.json"
+    numbers = []
+    for settings in ({}, {"repetition_penalty": 1.8, "do_sample": True, "temperature": 9.0, "suppress_tokens": [40, 41]}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        evaluate(folder, benchmarks=["docvqa"], questions=2, out=tmp_path)
+        numbers.append(lines(tmp_path / "answers.jsonl"))
+    assert numbers[0] == numbers[1]
 
 
 # Metrics
@@ -194,6 +267,44 @@ def test_the_real_tasks_score_from_0_to_100(models, oracle, copies, tmp_path):
         "answers": ["paris"], "response": "Paris", "score": 1.0}
 
 
+UNREADABLE = ["", " \n", "?!", "...", "I cannot tell.", "<unk>", "1e400", "()", "nan"]
+
+
+@pytest.mark.parametrize("answers", [UNREADABLE, ["B", "(A)", "Paris", "100"]], ids=["unreadable", "readable"])
+def test_scores_are_a_function_of_the_answers(models, oracle, copies, answers):
+    "The same from any state of Python's generator, which stays where it was, and from any order of the questions."
+    scores, keys = [], READING + CHOOSING
+    for seed, order in ((0, keys), (1, keys[::-1])):
+        say(oracle, answers)
+        random.seed(seed)
+        state = random.getstate()
+        scores.append(evaluate(models / "teacher", suite="paper", benchmarks=order, questions=None, mirror=copies)["scores"])
+        assert random.getstate() == state
+    assert scores[0] == scores[1]
+    if answers is UNREADABLE: assert scores[0] == dict.fromkeys(keys, 0)
+    else: assert all(scores[0][key] for key in CHOOSING)
+
+
+@pytest.mark.parametrize("read, right", [("B", 1), ("(b) osaka", 1), ("Osaka", 1), ("it is osaka city", 1), ("osaki", 1), ("", 0), ("none of these", 0),
+                                         ("?", 0), ("A", 0), ("rome", 0), ("E", 0)])
+def test_an_option_that_mathvistas_judge_does_not_name_is_wrong(monkeypatch, read, right):
+    monkeypatch.setenv("API_TYPE", "dummy")
+    monkeypatch.setitem(sys.modules, "Levenshtein", types.SimpleNamespace(distance=edit_distance))
+    from lmms_eval.tasks.mathvista import utils
+    monkeypatch.setattr(utils.mathvista_evaluator, "get_chat_response", lambda *args, **kwargs: read)
+    doc = dict(question_type="multi_choice", answer_type="text", query="Which?", choices=["hong kong", "osaka"], answer="osaka", pid="1", metadata={})
+    process = module.unread_is_wrong(utils.mathvista_process_results)
+    assert process(doc, ["so to say"])["llm_as_judge_eval"]["true_false"] == right
+    assert not process(doc | dict(choices=["hong kong", ""], answer=""), [" "])["llm_as_judge_eval"]["true_false"]
+
+
+@pytest.mark.parametrize("value, wrong", [(0.7, 0.0), (dict(score=0.7, question_type="document parsing en"), dict(score=0.0, question_type="document parsing en")),
+                                          (dict(true_false=True), dict(true_false=False)), (dict(parsed_pred="A", id=1), dict(parsed_pred="", id=1))])
+def test_a_scorer_that_rewards_a_blank_answer_is_overruled(value, wrong):
+    process = module.unread_is_wrong(lambda doc, results: {"metric": value})
+    assert [process({}, [response]) for response in ("", " \n\t", "word")] == [{"metric": wrong}, {"metric": wrong}, {"metric": value}]
+
+
 def test_a_model_answers_a_real_task(models, copies):
     numbers = evaluate(models / "student", suite="paper", benchmarks=["chartqa", "ai2d"], questions=2, mirror=copies)
     assert numbers["n"] == {"chartqa": 2, "ai2d": 2} and all(0 <= score <= 100 for score in numbers["scores"].values())
@@ -223,6 +334,63 @@ def test_the_pins_name_every_benchmark_once_and_a_stock_metric():
         config = module.real_config(path)
         assert [m["metric"] for m in config["metric_list"]] == [config["metadata"]["score"].split(",")[0]], path
         assert "token" not in config["dataset_kwargs"] and config["generation_kwargs"]["do_sample"] is False
+
+
+# Rows of one's own
+
+
+def row(q, **changes):
+    return {"images": [q.image], "messages": [{"role": "user", "content": q.question}, {"role": "assistant", "content": q.answer}]} | changes
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [row(q) for q in toyworld.benchmark("docvqa", 5, 0)]
+
+
+def test_rows_are_answered_as_a_benchmarks_questions_are(models, rows, tmp_path):
+    "And in any order and batches, without the harness."
+    evaluate(models / "student", benchmarks=["docvqa"], questions=5, out=tmp_path / "toy")
+    toy = [(line["question"], line["answers"], line["response"], line["score"]) for line in lines(tmp_path / "toy/answers.jsonl")]
+    for size, order in ((64, 1), (2, -1)):
+        numbers = evaluate(models / "student", rows=rows[::order], max_new_tokens=8, batch_size=size, out=tmp_path)
+        answers = lines(tmp_path / "answers.jsonl")[::order]
+        assert [(a["question"], a["answers"], a["response"], a["score"]) for a in answers] == toy
+        assert [a["key"] for a in answers] == ["0", "1", "2", "3", "4"][::order] and {a["benchmark"] for a in answers} == {"rows"}
+        assert numbers["n"] == {"rows": 5} and numbers["scores"]["rows"] == pytest.approx(20 * sum(score for *_, score in toy))
+
+
+def test_rows_may_hold_text_alone_and_earlier_turns(models, rows, tmp_path):
+    from heed_nb.data import Sample
+    turns = [*rows[0]["messages"], {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "5"}]
+    given = [row(toyworld.benchmark("docvqa", 1, 0)[0], messages=turns), {"messages": turns[2:], "id": "text"}, Sample("s", [], [("how?", "so")])]
+    for metric in METRICS: evaluate(models / "student", rows=given, metric=metric, max_new_tokens=3, out=tmp_path)
+    assert [(a["key"], a["question"], a["answers"]) for a in lines(tmp_path / "answers.jsonl")] == [("0", "and now?", ["5"]), ("text", "and now?", ["5"]), ("s", "how?", ["so"])]
+
+
+def test_rows_need_no_lmms_eval(models, rows, monkeypatch):
+    monkeypatch.setattr(module, "version", lambda name: "0")
+    monkeypatch.setattr(module, "run_tasks", None)
+    assert evaluate(models / "teacher", rows=rows[:1], max_new_tokens=2)["n"] == {"rows": 1}
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(rows=[]), "empty"),
+    (dict(rows=[{"text": "a"}]), "messages"),
+    (dict(rows={"messages": []}), "no data set"),
+    (dict(rows=[0, 1]), "data set"),
+    (dict(rows=[dict(messages=[])]), "sample '0': its messages end with none, not with a question and an answer"),
+    (dict(rows=[dict(id="x", messages=[{"role": "user", "content": "a?"}])]), "sample 'x': its messages end with user, not with"),
+    (dict(rows=[dict(messages=[{"role": "user", "content": "a?"}, {"role": "assistant", "content": " "}])]), "sample '0': its last answer is empty"),
+    (dict(rows=[dict(images=["none.png"], messages=[{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}])]), "none.png"),
+    (dict(rows=[], metric="bleu"), "unknown metric 'bleu'; one of anls"),
+    (dict(rows=[], benchmarks=["docvqa"]), "rows are scored alone"),
+    (dict(rows=[], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+])
+def test_wrong_rows_are_named_before_the_model_is_loaded(models, monkeypatch, tmp_path, wrong, says):
+    monkeypatch.setattr(module, "load_teacher", None)
+    with pytest.raises(ValueError) as error: evaluate(models / "teacher", out=tmp_path, **wrong)
+    assert says in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 # Faults
@@ -279,11 +447,11 @@ def test_a_broken_checkpoint_is_named(models, tmp_path):
     weights = broken / "model.safetensors"
     tensors = load_file(models / "student" / weights.name)  # not of the file that is cut: it stays mapped
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="model.safetensors is damaged or truncated") as error: evaluate(broken)
+    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged") as error: evaluate(broken)
     assert "\n" not in str(error.value)
     lost = sorted(tensors)[len(tensors) // 2]
     save_file({k: v for k, v in tensors.items() if k != lost}, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"lack 1 tensors, {lost} the first"): evaluate(broken, benchmarks=["docvqa"], questions=1)
+    with pytest.raises(ValueError, match=f"1 tensors are missing or of another shape, first {lost}"): evaluate(broken, benchmarks=["docvqa"], questions=1)
     weights.unlink()
     with pytest.raises(ValueError, match="has no model.safetensors"): evaluate(broken)
 

@@ -505,6 +505,7 @@ def test_decoders_that_are_not_supported_are_named(tmp_path):
     config.text_config.layer_types = ["full_attention"] * 3 + ["sliding_attention"]
     fails("unsupported teacher with layers of sliding_attention; only full_attention", hybrid_config, config)
     config.text_config.layer_types[3] = "unheard_of"
+    teacher_of("internvl").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     fails("config.json in .* can't be used: .*unheard_of|config.json in .* can't be used: .*layer_types", load_teacher, tmp_path)
     change(tmp_path / "config.json", text_config=dict(model_type="qwen2"))

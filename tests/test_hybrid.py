@@ -224,7 +224,7 @@ def test_a_truncated_weights_file_is_an_error(paper_student, tmp_path):
 def test_a_missing_tensor_is_an_error(paper_student, tmp_path):
     "Where its caller asks for the list of missing tensors instead, that one starts and the others are loaded."
     paper_student.save_pretrained(tmp_path, state_dict={k: v for k, v in paper_student.state_dict().items() if not k.endswith("0.self_attn.A_log")})
-    with pytest.raises(ValueError, match="the weights in .* lack 1 tensors, first model.language_model.layers.0.self_attn.A_log"):
+    with pytest.raises(ValueError, match="the weights in .* do not fit its config.json: 1 tensors are missing or of another shape, first model.language_model.layers.0.self_attn.A_log"):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
     loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert report["missing_keys"] == {"model.language_model.layers.0.self_attn.A_log"}

@@ -3,6 +3,7 @@ import copy
 import json
 from functools import cache
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 import tiny
 from heed_nb.density import patch_density
-from heed_nb.teachers import family_class, family_of, load_teacher
+from heed_nb.files import check_sums, save_parts
+from heed_nb.teachers import check_checkpoint, end_tokens, family_class, family_of, load_teacher, turn_end
 from tiny import batch_of, page
 
 PROCESSORS = {name: tiny.processor(name) for name in tiny.TINY}
@@ -230,32 +232,161 @@ def test_load_teacher_names_truncated_weights(folder, kept):
     fails(r"model\.safetensors is truncated or damaged", load_teacher, folder)
 
 
-def test_load_teacher_names_what_is_wrong(folder, tmp_path, name, processor):
-    def with_fault(match, fault):
-        copy = tmp_path / "copy"
-        shutil.copytree(folder, copy)
-        fault(copy)
-        fails(match, load_teacher, copy)
-        shutil.rmtree(copy)
+def without_image_token(folder, name):
+    for path in folder.glob("tokenizer*"): path.write_text(path.read_text().replace(tiny.TINY[name].special[0], "<|picture|>"))
 
-    def without_image_token(copy):
-        for path in copy.glob("tokenizer*"): path.write_text(path.read_text().replace(tiny.TINY[name].special[0], "<|picture|>"))
 
-    config = json.loads((folder / "config.json").read_text())
-    index = json.dumps(dict(weight_map={"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}))
-    with_fault("has no config.json", lambda copy: (copy / "config.json").unlink())
-    with_fault("config.json .* is damaged", lambda copy: (copy / "config.json").write_text("{\"model_type\""))
-    with_fault("unsupported model type 'llama'; one of qwen3_vl", lambda copy: change(copy / "config.json", model_type="llama"))
-    with_fault("config.json in .* can't be used: .*hidden_size", lambda copy: change(copy / "config.json", text_config=config["text_config"] | dict(hidden_size="wide")))
-    with_fault("has no model.safetensors", lambda copy: (copy / "model.safetensors").unlink())
-    with_fault("has no model-00002-of-00002.safetensors", lambda copy: (copy / "model.safetensors.index.json").write_text(index))
-    with_fault(r"(8|12) tensors are missing or of another shape, first .*mlp",
-               lambda copy: change(copy / "config.json", text_config=config["text_config"] | dict(intermediate_size=100)))
-    with_fault("tokenizer or processor files .* can't be used", lambda copy: (copy / "tokenizer.json").unlink())
-    with_fault("tokenizer or processor files .* can't be used", lambda copy: (copy / "tokenizer.json").write_text("{\"version\": \"1"))
-    with_fault("tokenizer or processor files .* can't be used", lambda copy: (copy / "processor_config.json").write_text("{"))
-    with_fault(r"can't be used: the tokenizer has no image token '.*'", without_image_token)
-    with_fault(f"has image token {processor.image_token_id}, its model 7", lambda copy: change(copy / "config.json", image_token_id=7))
+@pytest.mark.parametrize("match, fault", [
+    ("has no config.json", lambda folder, _: (folder / "config.json").unlink()),
+    ("unsupported model type 'llama'; one of qwen3_vl", lambda folder, _: change(folder / "config.json", model_type="llama")),
+    ("has no model.safetensors", lambda folder, _: (folder / "model.safetensors").unlink()),
+    ("has no model-2.safetensors", lambda folder, _: write_json(folder / "model.safetensors.index.json", dict(weight_map=dict(a="model.safetensors", b="model-2.safetensors")))),
+    (r"(8|12) tensors are missing or of another shape, first .*mlp", lambda folder, _: put(folder / "config.json", "text_config.intermediate_size", 100)),
+    ("tokenizer or processor files .* can't be used", lambda folder, _: (folder / "tokenizer.json").unlink()),
+    ("can't be used: the tokenizer has no image token '.*'", without_image_token),
+    (r"has image token \d+, its model 7", lambda folder, _: change(folder / "config.json", image_token_id=7)),
+    ("can't be used: the chat template: TemplateSyntaxError", lambda folder, _: (folder / "chat_template.jinja").write_text("{% if %}")),
+    ("holds an adapter", lambda folder, _: write_json(folder / "adapter_config.json", dict(base_model_name_or_path="a/b"))),
+    (r"the tokenizer has a token \d+, the model has 250", lambda folder, _: put(folder / "config.json", "text_config.vocab_size", 250)),
+], ids=str)
+def test_load_teacher_names_what_is_wrong(folder, name, match, fault):
+    fault(folder, name)
+    fails(match, load_teacher, folder)
+
+
+def write_json(path, value): path.write_text(json.dumps(value))
+
+
+def put(path, name, value):
+    content = json.loads(path.read_text())
+    *inner, last = name.split(".")
+    part = content
+    for key in inner: part = part[key]
+    part[last] = value
+    write_json(path, content)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+@pytest.mark.parametrize("fault", ["[]", "null", "7", "{", "", "NaN", b"\xff\xfe{}", "a folder", "a broken link"], ids=str)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+                                  "processor_config.json", "special_tokens_map.json", "preprocessor_config.json"])
+def test_a_damaged_json_file_is_named(folder, file, fault):
+    path = folder / file
+    path.unlink(missing_ok=True)
+    if fault == "a folder": path.mkdir()
+    elif fault == "a broken link": path.symlink_to(folder / "nowhere")
+    else: path.write_bytes(fault if isinstance(fault, bytes) else fault.encode())
+    fails(f"^{file} in .* is damaged: .", load_teacher, folder)
+
+
+CONFIG, PROCESSOR = "config.json in .* can't be used: ", "tokenizer or processor files in .* can't be used: "
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+@pytest.mark.parametrize("field, value, match", [
+    *[(field, value, CONFIG) for field, values in {
+        "text_config.hidden_size": [-1, 10**9, "wide", None, 1.5], "text_config.num_attention_heads": [0, -4, 10**9], "text_config.vocab_size": [10**9],
+        "text_config.num_hidden_layers": [10**9, 10**30, "many"], "vision_config.depth": [10**9], "text_config.head_dim": [10**9],
+        "text_config.hidden_act": ["no", 3], "dtype": ["no", 7], "text_config.rms_norm_eps": [-1e-6, "small"], "vision_config": [[], "a"],
+        "text_config.rope_parameters.mrope_section": [[2, 1, 2], "x"], "quantization_config": [dict(quant_method="fp8")],
+        "transformers_weights": ["../other.safetensors"], "_attn_implementation": ["a/b", {"text_config": "a/b"}], "text_config._attn_implementation": ["a/b:c"],
+        "vision_config.attn_implementation": ["kernels-community/flash"], "text_config.experts_implementation": ["a/b"]}.items() for value in values],
+    ("text_config.rms_norm_eps", float("nan"), "config.json in .* is damaged: NaN is not a finite number"),
+    ("text_config.rope_parameters.rope_theta", float("inf"), "config.json in .* is damaged: Infinity"),
+    ("text_config.rope_parameters.rope_theta", 0.0, "can't be loaded: its config.json makes .*inv_freq infinite"),
+    ("text_config.hidden_size", 0, "do not fit its config.json"),
+    ("text_config.vocab_size", 0, "the model has 0"),
+    ("vision_config.spatial_merge_size", 0, "merge_size is 2 in the processor, 0 in the model"),
+    ("text_config.num_hidden_layers", 0, "hold .* tensors that its config.json has no place for"),
+    ("text_config.num_hidden_layers", 3, "hold .* tensors that its config.json has no place for, first .*layers.3"),
+    ("text_config.num_hidden_layers", 5, "tensors are missing or of another shape, first .*layers.4"),
+], ids=str)
+def test_a_config_that_does_not_fit_is_named(folder, field, value, match):
+    path = folder / "config.json"
+    if "." not in field: change(path, **{field: value})
+    else: put(path, field, value)
+    fails(match, load_teacher, folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+@pytest.mark.parametrize("field, value", [("image_processor." + field, value) for field, values in {
+    "patch_size": [0, -8, 16, 10**9, "x", None], "merge_size": [0, 4], "temporal_patch_size": [0, 2], "size": [[], dict(shortest_edge=10**12, longest_edge=10**12)],
+    "image_std": ["x", [0, 0, 0]], "image_mean": ["x"], "image_processor_type": ["no", 7]}.items() for value in values], ids=str)
+def test_a_processor_that_does_not_fit_is_named(folder, field, value):
+    put(folder / "processor_config.json", field, value)
+    fails(PROCESSOR, load_teacher, folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+@pytest.mark.parametrize("fault, match", [
+    (lambda content: content["model"]["vocab"].pop("A"), PROCESSOR + "the tokenizer has no piece for 'A'"),
+    (lambda content: content["model"].update(vocab={}), PROCESSOR + "the tokenizer has no piece for 'a'"),
+    (lambda content: content["model"]["vocab"].update(zz=10**6), PROCESSOR + "the tokenizer has a token 1000000, the model has 272"),
+    (lambda content: content["model"].update(vocab=[]), PROCESSOR),
+    (lambda content: content.update(model=None), PROCESSOR),
+])
+def test_a_tokenizer_that_does_not_fit_is_named(folder, fault, match):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    fault(content)
+    write_json(folder / "tokenizer.json", content)
+    fails(match, load_teacher, folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+@pytest.mark.parametrize("ends", [-1, 10**9, "x", 1.5, True, {}, [2, -1], [[2]], [None]], ids=str)
+def test_ends_outside_the_vocabulary_are_named(folder, ends):
+    change(folder / "generation_config.json", eos_token_id=ends)
+    fails("eos_token_id .* is none of the 272 tokens|generation_config.json in .* can't be used", load_teacher, folder)
+
+
+@pytest.mark.parametrize("template, end", [
+    ("{% for m in messages %}{% if m.role == 'user' %}<|endoftext|>a{% else %}{{ m.content }}{% endif %}{% endfor %}", "<|endoftext|>"),
+    ("{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content[0].text | trim }}<|im_end|>{% endif %}{% endfor %}", "<|im_end|>"),
+    ("{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}", None),
+    ("{{ raise_exception('no') }}", None),
+], ids=["by the next question", "by its own token", "by lines", "by none"])
+def test_the_chat_templates_end_of_turn_ends_an_answer(name, template, end):
+    processor = copy.copy(PROCESSORS[name])
+    processor.chat_template = template
+    token = processor.tokenizer.convert_tokens_to_ids(end) if end else None
+    assert turn_end(processor) == token
+    assert end_tokens(teacher_of(name), processor) == sorted({processor.tokenizer.eos_token_id, token} - {None})
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+def test_one_check_finds_what_is_wrong_for_all_who_load(folder):
+    from heed_nb import evaluate, lmms_model
+    put(folder / "config.json", "text_config.hidden_size", -1)
+    for load in (load_teacher, check_checkpoint, lmms_model.HeedVLM, evaluate.evaluate): fails(CONFIG, load, str(folder))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+def test_the_attention_is_the_librarys_choice(folder):
+    wanted = load_teacher(folder)[0].config
+    put(folder / "config.json", "text_config", json.loads((folder / "config.json").read_text())["text_config"] | dict(_attn_implementation="eager"))
+    config = load_teacher(folder)[0].config
+    for part in ("", "text_config", "vision_config"):
+        assert (getattr(config, part) if part else config)._attn_implementation == (getattr(wanted, part) if part else wanted)._attn_implementation != "eager"
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
+def test_a_flipped_bit_of_a_saved_folder_is_named(teacher, processor, tmp_path):
+    folder = save_parts(tmp_path / "saved", teacher, processor)
+    load_teacher(folder)
+    if shutil.which("sha256sum"): subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    hashed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert hashed == {path.name for path in folder.iterdir()} - {"SHA256SUMS", "generation_config.json", "chat_template.jinja"}
+    for path in (folder / name for name in [*hashed, "SHA256SUMS"]):
+        content = path.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            for bit in (0, 5):
+                path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:])
+                fails("SHA256SUMS" if path.name == "SHA256SUMS" else f"{path.name} is not the file that was saved, by SHA256SUMS", check_sums, folder)
+        path.write_bytes(content)
+    change(folder / "generation_config.json", repetition_penalty=1.1)
+    load_teacher(folder)
+    (folder / "model.safetensors").unlink()
+    fails("model.safetensors can't be read, but SHA256SUMS names it", load_teacher, folder)
 
 
 def test_load_teacher_looks_for_a_missing_folder_in_the_local_cache_alone(tmp_path):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from heed_nb.data import collate
 from heed_nb.evaluate import evaluate
+from heed_nb.files import check_sums
 from heed_nb.hybrid import to_hybrid
 from heed_nb.results import read_run
 from heed_nb.teachers import FAMILIES, family_of, load_teacher
@@ -28,6 +29,9 @@ def test_there_is_one_of_each_family():
 
 @folders
 def test_size_and_bar(folder):
+    check_sums(folder)
+    hashed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} == hashed
     with safe_open(folder / "model.safetensors", "pt") as f: shapes = {name: f.get_slice(name) for name in f.keys()}
     assert {s.get_dtype() for s in shapes.values()} == {"BF16"}
     parameters = sum(torch.Size(s.get_shape()).numel() for s in shapes.values())
