@@ -17,7 +17,7 @@ override SCALE := $(strip $(SCALE))
 export PY SCALE
 
 .DELETE_ON_ERROR:
-.PHONY: help tables all many teachers publish test docs readme clean clean-runs
+.PHONY: help tables all many teachers publish test check format docs readme clean clean-runs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -40,6 +40,13 @@ publish: .venv/ok ## copy tables, figures and run records of outputs/SCALE to ou
 
 test: .venv/ok ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/ok ## what a contributor runs before a commit: format, export, and the tests that are not slow
+	$(BIN)/python -m pytest -m "not slow" tests/test_project.py $(ARGS)
+
+format: .venv/ok ## format notebooks and tests, and export the library
+	$(BIN)/python -m ruff format nbs tests docs benchmarks setup.py
+	$(BIN)/nbdev-export
 
 docs: .venv/ok ## build the documentation site in site/
 	$(BIN)/python docs/build.py

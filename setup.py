@@ -1,4 +1,5 @@
 "The requirements come from settings.ini, so that they stand in one place."
+
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -6,6 +6,7 @@ Prints a Markdown table. The tower has 27 blocks; `--blocks` takes fewer of them
 share is of those alone; all are alike, so the last column is that of the whole. A time is the median over the rounds (CPU time with one thread,
 which other processes disturb less, else wall time).
 """
+
 import argparse
 import statistics
 import time
@@ -21,10 +22,12 @@ SIDE = 100  # patches; merged 2x2 they make 2,500 tokens
 
 def seconds(f, device):
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    if device == "cuda": torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     start = clock()
     result = f()
-    if device == "cuda": torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return clock() - start, result
 
 
@@ -35,8 +38,12 @@ def main(images, blocks, rounds):
     config.depth, whole = blocks or config.depth, config.depth
     config.deepstack_visual_indexes = [i for i in config.deepstack_visual_indexes if i < config.depth]
     torch.manual_seed(0)
-    tower = Qwen3VLVisionModel._from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
-    pixels = torch.randn(images * SIDE * SIDE, 3 * config.temporal_patch_size * config.patch_size ** 2, device=device)
+    tower = (
+        Qwen3VLVisionModel._from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+        .to(device)
+        .eval()
+    )
+    pixels = torch.randn(images * SIDE * SIDE, 3 * config.temporal_patch_size * config.patch_size**2, device=device)
     grids = torch.tensor([[1, SIDE, SIDE]] * images, device=device)
     times = []
     for _ in range(rounds + 1):
@@ -45,9 +52,15 @@ def main(images, blocks, rounds):
         density, _ = seconds(lambda: patch_density(rasters), device)
         times.append((forward, density))
     forward, density = map(statistics.median, zip(*times[1:]))
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {images} images of {SIDE}x{SIDE} patches\n")
-    print("| blocks of the tower | their forward | density | share | of as many blocks as the tower has |\n|---|---|---|---|---|")
-    print(f"| {config.depth} of {whole} | {forward:.2f} s | {density:.3f} s | {density / forward:.2%} | {density / forward * config.depth / whole:.2%} |")
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {images} images of {SIDE}x{SIDE} patches\n"
+    )
+    print(
+        "| blocks of the tower | their forward | density | share | of as many blocks as the tower has |\n|---|---|---|---|---|"
+    )
+    print(
+        f"| {config.depth} of {whole} | {forward:.2f} s | {density:.3f} s | {density / forward:.2%} | {density / forward * config.depth / whole:.2%} |"
+    )
 
 
 if __name__ == "__main__":

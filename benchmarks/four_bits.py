@@ -5,6 +5,7 @@
 For each seed it builds the cache that the run reads, distils and evaluates with it, and prints a Markdown table. The runs that
 compute their weights are those of `make all`, and must be there.
 """
+
 import argparse
 import os
 import statistics
@@ -35,15 +36,38 @@ def with_cache(condition, seed, plan, teacher, processor, budget):
     folder = Path(f"outputs/{plan.name}/runs") / run_name(f"{condition.name}-{setting}=4bit", seed, budget)
     if (folder / "evaluate.json").exists():
         return folder
-    settings, path, to_batch = plan.settings(token_budget=budget, seed=seed), folder / "weights.cache", partial(collate, processor=processor)
+    settings, path, to_batch = (
+        plan.settings(token_budget=budget, seed=seed),
+        folder / "weights.cache",
+        partial(collate, processor=processor),
+    )
     steps = read_run(folder.with_name(run_name(condition.name, seed, budget)) / "distill.json")["numbers"]["steps"]
     folder.mkdir(parents=True, exist_ok=True)
-    options = dict(indices=[i for step in range(steps) for i in batch_indices(None, settings.batch_size, seed, step)], batch_size=32)
+    options = dict(
+        indices=[i for step in range(steps) for i in batch_indices(None, settings.batch_size, seed, step)],
+        batch_size=32,
+    )
     if gradient:
-        build_gradient_cache(path, teacher, Documents(seed), to_batch, processor, condition, replaced_indices(to_hybrid(teacher)), **options)
+        build_gradient_cache(
+            path,
+            teacher,
+            Documents(seed),
+            to_batch,
+            processor,
+            condition,
+            replaced_indices(to_hybrid(teacher)),
+            **options,
+        )
     else:
         build_density_cache(path, teacher, Documents(seed), to_batch, processor, settings, **options)
-    given = dict(scale=plan.name, condition=condition.name, seed=seed, token_budget=budget, out=str(folder), overrides={f"train.{setting}": str(path)})
+    given = dict(
+        scale=plan.name,
+        condition=condition.name,
+        seed=seed,
+        token_budget=budget,
+        out=str(folder),
+        overrides={f"train.{setting}": str(path)},
+    )
     for name in ("distill", "evaluate"):
         run_notebook(f"nbs/runs/{name}.ipynb", given, log=folder / f"{name}.ipynb")
     return folder
@@ -57,8 +81,14 @@ def main(scale, condition, seeds):
     for seed in seeds:
         cached = with_cache(condition, seed, plan, teacher, processor, plan.token_budget)
         computed = cached.with_name(run_name(condition.name, seed, plan.token_budget))
-        rows.append([str(seed), *(f"{score:.2f}" for pair in zip(averages(computed), averages(cached)) for score in pair)])
-    print(markdown_table([f"{condition.name}, seed", *(text for row in ROWS for text in (TITLES[row], "four bits"))], rows))
+        rows.append(
+            [str(seed), *(f"{score:.2f}" for pair in zip(averages(computed), averages(cached)) for score in pair)]
+        )
+    print(
+        markdown_table(
+            [f"{condition.name}, seed", *(text for row in ROWS for text in (TITLES[row], "four bits"))], rows
+        )
+    )
 
 
 if __name__ == "__main__":

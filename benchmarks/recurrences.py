@@ -8,6 +8,7 @@ else wall time), `faster` the median of the rounds' ratios. Memory is by how muc
 held with the inputs made. transformers' SSD takes its chunk size from a
 model's configuration: 256 is what most have, 64 and 32 are what suits a CPU; its gated delta rule has 64 by default.
 """
+
 import argparse
 import inspect
 import multiprocessing
@@ -39,8 +40,10 @@ def inputs(operation, B, T, H, D):
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator)
     unit = lambda: F.normalize(normal(B, T, H, D), dim=-1)
-    if operation == "SSD": args = normal(B, T, H, D), F.softplus(normal(B, T, H)), -normal(H).exp(), unit(), unit()
-    else: args = unit(), unit(), normal(B, T, H, D), -F.softplus(normal(B, T, H)), normal(B, T, H).sigmoid()
+    if operation == "SSD":
+        args = normal(B, T, H, D), F.softplus(normal(B, T, H)), -normal(H).exp(), unit(), unit()
+    else:
+        args = unit(), unit(), normal(B, T, H, D), -F.softplus(normal(B, T, H)), normal(B, T, H).sigmoid()
     return [a.requires_grad_() for a in args], normal(B, T, H, D)
 
 
@@ -59,6 +62,7 @@ def seconds(f, args, dy):
 
 def peak(f, operation, shape):
     "MiB that one forward and backward needs on top of its inputs, in a process of its own."
+
     def child(pipe):
         args, dy = inputs(operation, *shape)
         held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -84,18 +88,35 @@ def main():
     for operation, (ours, theirs, sizes) in OPERATIONS.items():
         for shape in SHAPES:
             rivals = {size: (lambda *args, theirs=theirs, size=size: theirs(*args, size=size)) for size in sizes}
-            cases.append((operation, shape, ours, rivals, peak(ours, operation, shape), {size: peak(f, operation, shape) for size, f in rivals.items()}))
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.threads} thread(s), float32, forward + backward\n")
-    print("| | B, T, H, D | transformers' chunk | ms, transformers | ms, ours | faster | MiB, transformers | MiB, ours |\n|---|---|---|---|---|---|---|---|")
+            cases.append(
+                (
+                    operation,
+                    shape,
+                    ours,
+                    rivals,
+                    peak(ours, operation, shape),
+                    {size: peak(f, operation, shape) for size, f in rivals.items()},
+                )
+            )
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {options.threads} thread(s), float32, forward + backward\n"
+    )
+    print(
+        "| | B, T, H, D | transformers' chunk | ms, transformers | ms, ours | faster | MiB, transformers | MiB, ours |\n|---|---|---|---|---|---|---|---|"
+    )
     for operation, shape, ours, rivals, memory, their_memory in cases:
         args, dy = inputs(operation, *shape)
         expected = run(ours, args, dy)
         for size, theirs in rivals.items():
-            for a, b in zip(run(theirs, args, dy), expected, strict=True): assert (a - b).norm() < 1e-4 * b.norm(), (operation, shape, size)
+            for a, b in zip(run(theirs, args, dy), expected, strict=True):
+                assert (a - b).norm() < 1e-4 * b.norm(), (operation, shape, size)
             pairs = [(seconds(theirs, args, dy), seconds(ours, args, dy)) for _ in range(options.rounds)]
             times = [1e3 * statistics.median(side) for side in zip(*pairs)]
-            print(f"| {operation} | {', '.join(map(str, shape))} | {size} | {times[0]:.0f} | {times[1]:.0f} | {statistics.median(a / b for a, b in pairs):.1f} x "
-                  f"| {their_memory[size]:.0f} | {memory:.0f} |", flush=True)
+            print(
+                f"| {operation} | {', '.join(map(str, shape))} | {size} | {times[0]:.0f} | {times[1]:.0f} | {statistics.median(a / b for a, b in pairs):.1f} x "
+                f"| {their_memory[size]:.0f} | {memory:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

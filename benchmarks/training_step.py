@@ -6,6 +6,7 @@ Prints a Markdown table. A step is what Stage 2 does with a batch of toy documen
 backward; the optimiser, the same for all, is left out. Every batch goes through all rows, in turns; a time is the median over the batches
 (CPU time with one thread, which other processes disturb less, else wall time), a ratio the median of the batches' ratios.
 """
+
 import argparse
 import statistics
 import tempfile
@@ -21,7 +22,15 @@ from heed_nb.hybrid import mixer_parameters, pair_with_teacher, to_hybrid
 from heed_nb.results import root
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.trainer import Phases, build_density_cache, build_gradient_cache, cached_values, replaced_indices, step_loss, with_cache_keys
+from heed_nb.trainer import (
+    Phases,
+    build_density_cache,
+    build_gradient_cache,
+    cached_values,
+    replaced_indices,
+    step_loss,
+    with_cache_keys,
+)
 
 WARM_UP = 3  # batches that are not counted
 
@@ -35,7 +44,9 @@ def main(teacher, documents, steps):
     with tempfile.TemporaryDirectory() as folder:
         options = dict(indices=range((WARM_UP + steps) * documents), progress=False)
         density = build_density_cache(f"{folder}/density", teacher, dataset, to_batch, processor, settings, **options)
-        gradient = build_gradient_cache(f"{folder}/gradient", teacher, dataset, to_batch, processor, CONDITIONS["C5"], layers, **options)
+        gradient = build_gradient_cache(
+            f"{folder}/gradient", teacher, dataset, to_batch, processor, CONDITIONS["C5"], layers, **options
+        )
         sizes = [Path(cache.path).stat().st_size / len(cache) for cache in (density, gradient)]
         pair_with_teacher(student, teacher)
         student.to(device).train().requires_grad_(False)
@@ -46,32 +57,50 @@ def main(teacher, documents, steps):
             "Of a step; reading the cache is part of it, its keys are made where batches are."
             batch = with_cache_keys(to_batch, cache.identity, samples) if cache is not None else to_batch(samples)
             tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-            cached = partial(cached_values, cache, batch["cache_keys"], batch["keys"], None) if cache is not None else None
-            if device.type == "cuda": torch.cuda.synchronize()
+            cached = (
+                partial(cached_values, cache, batch["cache_keys"], batch["keys"], None) if cache is not None else None
+            )
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             start = clock()
-            step_loss(2, student, family_of(student), tensors, batch["keys"], condition, settings, Phases(device), cached)["loss"].backward()
-            if device.type == "cuda": torch.cuda.synchronize()
+            step_loss(
+                2, student, family_of(student), tensors, batch["keys"], condition, settings, Phases(device), cached
+            )["loss"].backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             spent = clock() - start
             student.zero_grad()
             return spent
 
-        rows = {"C3": ("C3", None), "C4": ("C4", None), "C4, from a density cache": ("C4", density), "C5": ("C5", None), "C5, from a gradient cache": ("C5", gradient)}
+        rows = {
+            "C3": ("C3", None),
+            "C4": ("C4", None),
+            "C4, from a density cache": ("C4", density),
+            "C5": ("C5", None),
+            "C5, from a gradient cache": ("C5", gradient),
+        }
         times = {name: [] for name in rows}
         for step in range(WARM_UP + steps):
             samples = [dataset[i] for i in range(step * documents, (step + 1) * documents)]
-            for name in list(rows)[::1 if step % 2 else -1]:
+            for name in list(rows)[:: 1 if step % 2 else -1]:
                 times[name].append(seconds(CONDITIONS[rows[name][0]], rows[name][1], samples))
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {steps} batches of {documents} documents; "
-          f"a cached document takes {sizes[0]:.0f} bytes of densities, {sizes[1]:.0f} of sensitivities\n")
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {steps} batches of {documents} documents; "
+        f"a cached document takes {sizes[0]:.0f} bytes of densities, {sizes[1]:.0f} of sensitivities\n"
+    )
     print("| weights | a step | over C3 |\n|---|---|---|")
     for name in rows:
         ratios = [own / base for own, base in zip(times[name][WARM_UP:], times["C3"][WARM_UP:])]
-        print(f"| {name} | {1000 * statistics.median(times[name][WARM_UP:]):.0f} ms | {statistics.median(ratios) - 1:+.1%} |")
+        print(
+            f"| {name} | {1000 * statistics.median(times[name][WARM_UP:]):.0f} ms | {statistics.median(ratios) - 1:+.1%} |"
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", default="outputs/teachers/toy-qwen3vl", help="its folder, relative to the repository")
+    parser.add_argument(
+        "--teacher", default="outputs/teachers/toy-qwen3vl", help="its folder, relative to the repository"
+    )
     parser.add_argument("--documents", type=int, default=4, help="a batch")
     parser.add_argument("--steps", type=int, default=40, help="batches that are counted")
     main(**vars(parser.parse_args()))

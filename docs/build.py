@@ -3,6 +3,7 @@
 Each notebook becomes a page, and those of nbs/paper show what is published of them. Each module becomes
 a reference page from its docstrings and docments. Nothing is run but imports.
 """
+
 import argparse
 import base64
 import dis
@@ -28,8 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, PUBLISHED, PAGES = ROOT / "nbs", ROOT / "outputs" / "published", ROOT / "_proc"
 DIRECTIVE = re.compile(r"^#\| *(.*?) *\n?$\n?", re.M)
 CODE = re.compile(r"(^(?P<fence>```+|~~~+).*?^(?P=fence)[ ]*$|`+[^`\n]+`+)", re.M | re.S)
-MATH = re.compile(r"\\\$|!\[[^\]]*\]|\$\$(.+?)\$\$"
-                  r"|(?<![$\w])\$(?!\s)((?:\\.|[^$\\\n]|\n(?!\s*\n))+?)(?<!\s)\$(?![\w$])", re.S)
+MATH = re.compile(
+    r"\\\$|!\[[^\]]*\]|\$\$(.+?)\$\$"
+    r"|(?<![$\w])\$(?!\s)((?:\\.|[^$\\\n]|\n(?!\s*\n))+?)(?<!\s)\$(?![\w$])",
+    re.S,
+)
 TARGET = re.compile(r"(?:(?<=\]\()|(?<=src=\"))(?!\w+:|#)([^)#\s\"]+)")
 
 
@@ -41,6 +45,7 @@ def outside_code(text, change):
 
 def mathml(text):
     "LaTeX between dollars as MathML, which needs no script, in a span: at a bare `<math>` Markdown ends the paragraph."
+
     def formula(match):
         block, inline = match.groups()
         if not (block or inline):  # an escaped dollar, or what a picture shows
@@ -116,8 +121,11 @@ def notebook_parts(path, picture):
 
 def places():
     "The page on which each notebook, each published scale and each published table is shown."
-    found = {path: path.relative_to(NOTEBOOKS).with_suffix(".md") for path in NOTEBOOKS.rglob("*.ipynb")
-             if ".ipynb_checkpoints" not in path.parts}
+    found = {
+        path: path.relative_to(NOTEBOOKS).with_suffix(".md")
+        for path in NOTEBOOKS.rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts
+    }
     for tables in sorted(PUBLISHED.glob("*/tables")):
         found[tables.parent] = Path("published", f"{tables.parent.name}.md")
         found |= {path: Path("paper", path.name) for path in (*tables.glob("*.md"), *tables.parent.glob("*.md"))}
@@ -126,6 +134,7 @@ def places():
 
 def placed(text, folder, page, place):
     "`text` of a file in `folder` with links that hold on `page`; pictures are copied, files without a page named."
+
     def link(match):
         target = (folder / match[1]).resolve()
         if target in place:
@@ -145,6 +154,7 @@ def placed(text, folder, page, place):
 
 def linked(text, names, depth):
     "`text` with each name of the library in backticks linked to its reference; `names` maps it to its module."
+
     def link(match):
         name = match[1]
         return f"[`{name}`]({'../' * depth}reference/{names[name]}.md#{name.lower()})" if name in names else match[0]
@@ -190,6 +200,7 @@ def reference_entry(value):
 
 def reference_page(module, names):
     "The reference page of a module: signature, docments and docstring of each public name. Returns these names."
+
     def public(name):
         value = module
         for part in name.split("."):
@@ -225,11 +236,16 @@ def published_page(folder, place):
 
 def navigation():
     "The tabs of the site, each with its pages in order."
+
     def pages(folder):
         return [str(path.relative_to(PAGES)) for path in sorted(PAGES.glob(f"{folder}/*.md"), key=rank)]
 
-    return [{"Notebooks": pages(".")}, {"Results": pages("published") + pages("paper")}, {"Runs": pages("runs")},
-            {"Reference": pages("reference")}]
+    return [
+        {"Notebooks": pages(".")},
+        {"Results": pages("published") + pages("paper")},
+        {"Runs": pages("runs")},
+        {"Reference": pages("reference")},
+    ]
 
 
 def write_pages():
@@ -249,6 +265,7 @@ def write_pages():
 
 def readme():
     "README.md's text, from nbs/index.ipynb."
+
     def picture(extension, content):
         raise ValueError("nbs/index.ipynb has a picture as an output; README.md can only show pictures that are files")
 
@@ -269,8 +286,13 @@ def main():
     write_pages()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(arguments.site.resolve()), strict=True,
-                         nav=navigation(), repo_url=project.get("urls", {}).get("Repository"))
+    config = load_config(
+        str(ROOT / "mkdocs.yml"),
+        site_dir=str(arguments.site.resolve()),
+        strict=True,
+        nav=navigation(),
+        repo_url=project.get("urls", {}).get("Repository"),
+    )
     build(config)
     print(f"{arguments.site / 'index.html'}: {len(list(arguments.site.rglob('*.html')))} pages")
 

@@ -20,43 +20,47 @@ from .samples import DATA_SET, BadSample, Sample, as_sample, viewed_images
 
 # %% ../nbs/40_data.ipynb #c005
 def with_texts(
-    messages: list[dict],   # each with a list of typed entries as its content
-    texts: list[str],       # for their text entries, in order
-    plain: tuple = (),      # roles whose content, where it is one text, becomes a string
+    messages: list[dict],  # each with a list of typed entries as its content
+    texts: list[str],  # for their text entries, in order
+    plain: tuple = (),  # roles whose content, where it is one text, becomes a string
 ) -> list[dict]:
     "The messages with other texts."
     texts, out = iter(texts), []
     for message in messages:
         kinds = [entry["type"] for entry in message["content"]]
         content = [{"type": "text", "text": next(texts)} if kind == "text" else {"type": kind} for kind in kinds]
-        if message["role"] in plain and kinds == ["text"]: content = content[0]["text"]
+        if message["role"] in plain and kinds == ["text"]:
+            content = content[0]["text"]
         out.append({"role": message["role"], "content": content})
     return out
 
+
 def marked(
     messages: list[dict],
-    marks: list[str],      # one for each text, a character that no text holds
-    render: Callable,      # messages -> str, the chat template
-) -> tuple[str, tuple]:    # the text with marks, and the roles with plain strings
+    marks: list[str],  # one for each text, a character that no text holds
+    render: Callable,  # messages -> str, the chat template
+) -> tuple[str, tuple]:  # the text with marks, and the roles with plain strings
     "The conversation with a mark in each text's place. Raises ValueError if the template drops or reorders one."
     roles, reason = list(dict.fromkeys(message["role"] for message in messages)), None
     for plain in (chosen for n in range(len(roles), -1, -1) for chosen in combinations(roles, n)):
-        try: text = render(with_texts(messages, marks, plain))
-        except Exception as error:   # a template is a program
+        try:
+            text = render(with_texts(messages, marks, plain))
+        except Exception as error:  # a template is a program
             reason = reason or error
             continue
         shown = [character for character in text if character in marks]
-        if shown == marks: return text, plain
+        if shown == marks:
+            return text, plain
         reason = f"the chat template shows {len(set(shown))} of {len(marks)} texts, or not once and in order"
     raise ValueError(reason)
 
 # %% ../nbs/40_data.ipynb #c006
 def text_spans(
     messages: list[dict],
-    texts: list[str],      # those of the messages' text entries
+    texts: list[str],  # those of the messages' text entries
     marks: list[str],
     render: Callable,
-) -> tuple[str, list[tuple[int, int]], tuple]:   # all text, [start, end) of each one in it, the plain roles
+) -> tuple[str, list[tuple[int, int]], tuple]:  # all text, [start, end) of each one in it, the plain roles
     "Where the template prints each text. Raises ValueError as `marked`, or if they change each other."
     stand_ins, plain = marked(messages, marks, render)
     text = render(with_texts(messages, texts, plain))
@@ -64,13 +68,15 @@ def text_spans(
     prints = list(texts)
     if _replaced(stand_ins, places, prints)[0] != text:
         for i, given in enumerate(texts):
-            alone = render(with_texts(messages, [*marks[:i], given, *marks[i + 1:]], plain))
+            alone = render(with_texts(messages, [*marks[:i], given, *marks[i + 1 :]], plain))
             start = len(commonprefix([stand_ins, alone]))
             after = min(len(commonprefix([stand_ins[::-1], alone[::-1]])), len(alone) - start)
-            places[i], prints[i] = (start, len(stand_ins) - after), alone[start:len(alone) - after]
+            places[i], prints[i] = (start, len(stand_ins) - after), alone[start : len(alone) - after]
     found, spans = _replaced(stand_ins, places, prints)
-    if found != text: raise ValueError("the chat template prints a text in another way beside the others than alone")
+    if found != text:
+        raise ValueError("the chat template prints a text in another way beside the others than alone")
     return text, spans, plain
+
 
 def _replaced(text, places, by):
     "The text with other parts in some places, and where these stand."
@@ -83,26 +89,28 @@ def _replaced(text, places, by):
 
 # %% ../nbs/40_data.ipynb #c008
 def stop_end(
-    after: str,   # what follows an answer
+    after: str,  # what follows an answer
     tokenizer,
 ) -> int | None:  # characters up to and with the token that ends the turn; None if there is none
     "Where the end-of-sequence token ends, or else the first token of the tokenizer's added ones."
     eos = tokenizer.eos_token
-    if eos and eos in after: return after.index(eos) + len(eos)
+    if eos and eos in after:
+        return after.index(eos) + len(eos)
     tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     places = [(after.index(token), -len(token)) for token in tokens if token in after]
     return min(places)[0] - min(places)[1] if places else None
 
+
 def closed_turns(
     text: str,
-    spans: list[tuple[int, int]],   # of each text
-    answers: list[int],             # which of them are answers
-    between: Callable[[], str],     # what the template prints between the last answer and one more question
+    spans: list[tuple[int, int]],  # of each text
+    answers: list[int],  # which of them are answers
+    between: Callable[[], str],  # what the template prints between the last answer and one more question
     tokenizer,
 ) -> tuple[str, list[tuple[int, int]]]:
     "The text and its answers' spans, each up to the end of its turn, which is appended where the text ends without it."
     ends, eos = [start for start, _ in spans[1:]] + [len(text)], tokenizer.eos_token
-    after = {i: text[spans[i][1]:ends[i]] for i in answers}
+    after = {i: text[spans[i][1] : ends[i]] for i in answers}
     tail = "" if all(eos and eos in a for a in after.values()) else between()
     stop = stop_end(tail, tokenizer)
     closing = tail[:stop] if stop else commonprefix([tail, after[answers[-1]]]).rstrip()
@@ -110,7 +118,8 @@ def closed_turns(
     for i in answers:
         start, end = spans[i]
         found = stop_end(after[i], tokenizer) if stop or not tail else None
-        if found is None and closing and after[i].startswith(closing): found = len(closing)
+        if found is None and closing and after[i].startswith(closing):
+            found = len(closing)
         if found is None and i == len(spans) - 1:
             text = text[:end] + (closing or eos or "")
             found = len(text) - end
@@ -121,17 +130,16 @@ def closed_turns(
 @dataclass
 class Chat:
     "A sample as the processor takes it."
-    key: str
-    images: list[Image.Image]        # RGB
-    text: str                        # with one token for each image
-    answers: list[tuple[int, int]]   # [start, end) of each answer in it, its end of turn included
 
-def chat_of(
-    sample: Sample,
-    processor,
-) -> Chat:
+    key: str
+    images: list[Image.Image]  # RGB
+    text: str  # with one token for each image
+    answers: list[tuple[int, int]]  # [start, end) of each answer in it, its end of turn included
+
+
+def chat_of(sample: Sample, processor) -> Chat:
     "The sample as the processor takes it. Raises BadSample on an image or a conversation that can't be used."
-    limit = getattr(processor, "aspect_limit", math.inf)   # a stock processor has none
+    limit = getattr(processor, "aspect_limit", math.inf)  # a stock processor has none
     try:
         images = viewed_images(sample.images) or []
         for i, image in enumerate(images):
@@ -140,58 +148,76 @@ def chat_of(
                 raise ValueError(f"image {i} is {size} pixels; a side may be {limit} times the other at most")
         text, answers = rendered(sample.messages(), processor)
         shown = text.count(processor.image_token)
-        if shown != len(images): raise ValueError(f"the chat template shows {shown} of {len(images)} images")
-    except (ValueError, TypeError) as error:   # TypeError: turns or images of another form
+        if shown != len(images):
+            raise ValueError(f"the chat template shows {shown} of {len(images)} images")
+    except (ValueError, TypeError) as error:  # TypeError: turns or images of another form
         raise BadSample(sample.key, error) from None
     return Chat(sample.key, images, text, answers)
 
 # %% ../nbs/40_data.ipynb #c010
 def rendered(
-    messages: list[dict],
-    processor,
-) -> tuple[str, list[tuple[int, int]]]:   # its text, and its answers as `closed_turns` gives them
+    messages: list[dict], processor
+) -> tuple[str, list[tuple[int, int]]]:  # its text, and its answers as `closed_turns` gives them
     "The conversation. Raises ValueError if an answer is empty, or a text is no string or holds the image token."
     render = lambda messages: processor.apply_chat_template(messages, tokenize=False)
     entries = [(m["role"], entry["text"]) for m in messages for entry in m["content"] if entry["type"] == "text"]
     texts = [text for _, text in entries]
     answers = [i for i, (role, _) in enumerate(entries) if role == "assistant"]
     for text in texts:
-        if not isinstance(text, str): raise ValueError(f"a text is a {type(text).__name__}, not a string")
-        if processor.image_token in text: raise ValueError(f"its text holds the image token {processor.image_token!r}")
-    if not answers: raise ValueError("it has no answer, so no label")
+        if not isinstance(text, str):
+            raise ValueError(f"a text is a {type(text).__name__}, not a string")
+        if processor.image_token in text:
+            raise ValueError(f"its text holds the image token {processor.image_token!r}")
+    if not answers:
+        raise ValueError("it has no answer, so no label")
     for n, i in enumerate(answers):
-        if not texts[i].strip(): raise ValueError(f"answer {n} is empty, so it has no label")
+        if not texts[i].strip():
+            raise ValueError(f"answer {n} is empty, so it has no label")
     private = map(chr, range(0xE000, 0xF900))
     free = (character for character in private if not any(character in text for text in texts))
     marks, one_more = [next(free) for _ in texts], next(free)
     text, spans, plain = text_spans(messages, texts, marks, render)
+
     def between():
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        asked = [*messages[:last + 1], {"role": "user", "content": [{"type": "text", "text": ""}]}]
-        known = marks[:answers[-1] + 1]
+        asked = [*messages[: last + 1], {"role": "user", "content": [{"type": "text", "text": ""}]}]
+        known = marks[: answers[-1] + 1]
         return render(with_texts(asked, [*known, one_more], plain)).split(known[-1])[1].split(one_more)[0]
+
     return closed_turns(text, spans, answers, between, processor.tokenizer)
 
 # %% ../nbs/40_data.ipynb #c012
 def _processed(chats, processor):
     "What the processor makes of the samples. Raises BadSample if it fails on one of them."
+
     def batch_of(chats):
         images = [image for chat in chats for image in chat.images]
         return processor(
-            text=[chat.text for chat in chats], images=images or None, padding=True, padding_side="right",
-            return_tensors="pt", add_special_tokens=False, return_offsets_mapping=True, return_text_replacement_offsets=True)
-    try: return batch_of(chats)
+            text=[chat.text for chat in chats],
+            images=images or None,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+
+    try:
+        return batch_of(chats)
     except (ValueError, OSError):
         for chat in chats:
-            try: batch_of([chat])
-            except (ValueError, OSError) as error: raise BadSample(chat.key, error) from None
+            try:
+                batch_of([chat])
+            except (ValueError, OSError) as error:
+                raise BadSample(chat.key, error) from None
         raise
 
 # %% ../nbs/40_data.ipynb #c013
 def collate(
-    samples: list,                 # `Sample`s, or rows that `as_sample` reads
-    processor,                     # of the teacher: tokenizer, image processor and chat template
-    max_length: int | None = None, # tokens of a sample; a longer one is refused
+    samples: list,  # `Sample`s, or rows that `as_sample` reads
+    processor,  # of the teacher: tokenizer, image processor and chat template
+    max_length: int | None = None,  # tokens of a sample; a longer one is refused
 ) -> dict:  # input_ids, attention_mask, labels [B, T] right-padded, the processor's image tensors, keys
     """A batch for training, `labels` being -100 but on answers and the end of turn after each.
 

@@ -33,22 +33,26 @@ from .samples import BadSample, samples_of, viewed_images
 LEVELS = np.arange(16.0)
 HALVES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1).astype(np.uint8)  # [256, 2]: the two levels in a byte
 
+
 def quantize(
-    density: np.ndarray,               # [n] float32, finite
+    density: np.ndarray,  # [n] float32, finite
 ) -> tuple[float, float, np.ndarray]:  # lowest, highest, levels [ceil(n / 2)] uint8, two to a byte
     "Density as its range and the nearest of 16 levels over it."
-    if not len(density): return 0.0, 0.0, np.zeros(0, np.uint8)
+    if not len(density):
+        return 0.0, 0.0, np.zeros(0, np.uint8)
     low, high = float(density.min()), float(density.max())
     levels = np.zeros(len(density) + len(density) % 2, np.uint8)
-    if high > low: levels[:len(density)] = np.rint(np.subtract(density, low, dtype=np.float64) * (15 / (high - low)))
+    if high > low:
+        levels[: len(density)] = np.rint(np.subtract(density, low, dtype=np.float64) * (15 / (high - low)))
     return low, high, levels[::2] | levels[1::2] << 4
+
 
 def dequantize(
     low: float,
     high: float,
     levels: np.ndarray,  # [ceil(n / 2)] uint8, two to a byte
-    tokens: int,         # n
-) -> np.ndarray:         # [n] float32
+    tokens: int,  # n
+) -> np.ndarray:  # [n] float32
     "The density that `quantize` has kept."
     values = (((15 - LEVELS) * low + LEVELS * high) / 15).astype(np.float32)
     return values.take(HALVES.take(levels, 0).ravel()[:tokens])
@@ -58,26 +62,34 @@ FILE, RECORD = struct.Struct("<8sIIQQI24xI"), struct.Struct("<I4sIIff")
 FILE_MAGIC, RECORD_MAGIC, INDEX_MAGIC = b"HEEDrho4", b"rho4", b"rhoINDEX"
 VERSION, LONGEST_KEY = 1, 1024  # bytes
 
+
 def _padded(content: bytes) -> bytes:
     "Zeros up to the next multiple of 64."
     return content + bytes(-len(content) % 64)
+
 
 def _file_header(identity: bytes, index_offset: int = 0, records: int = 0, index_crc: int = 0) -> bytes:
     "The first 64 bytes of a file with that identity, in JSON."
     fields = FILE.pack(FILE_MAGIC, VERSION, len(identity), index_offset, records, index_crc, 0)[:-4]
     return fields + struct.pack("<I", zlib.crc32(_padded(identity), zlib.crc32(fields)))
 
+
 def _record_bytes(key: str, density: Tensor | np.ndarray) -> bytes:
     "A whole record. Raises ValueError on a key or a density that can't be kept."
     name = key.encode(errors="replace") if isinstance(key, str) else b""
     if not 0 < len(name) <= LONGEST_KEY or name.decode() != key:
         raise ValueError(f"a key is a string of 1 to {LONGEST_KEY} bytes in UTF-8, got {key!r}")
-    if isinstance(density, Tensor): density = (density.float() if density.is_floating_point() else density).detach().cpu()
+    if isinstance(density, Tensor):
+        density = (density.float() if density.is_floating_point() else density).detach().cpu()
     values = np.asarray(density)
     if values.ndim != 1 or values.dtype.kind not in "fiu" and len(values):
-        raise ValueError(f"the density of {key!r} must be numbers in one dimension, [tokens], got {values.dtype} {list(values.shape)}")
-    with np.errstate(over="ignore"): values = values.astype(np.float32)
-    if not np.isfinite(values).all(): raise ValueError(f"the density of {key!r} holds NaN or infinity")
+        raise ValueError(
+            f"the density of {key!r} must be numbers in one dimension, [tokens], got {values.dtype} {list(values.shape)}"
+        )
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"the density of {key!r} holds NaN or infinity")
     low, high, levels = quantize(values)
     rest = _padded(RECORD.pack(0, RECORD_MAGIC, len(name), len(values), low, high) + name + levels.tobytes())[4:]
     return struct.pack("<I", zlib.crc32(rest)) + rest
@@ -89,93 +101,122 @@ class _Record(NamedTuple):
     low: float
     high: float
     levels: bytes  # two to a byte
-    end: int       # where the next record begins
+    end: int  # where the next record begins
+
 
 class _Broken(ValueError):
     "A record that is 'cut' by the file's end or 'damaged'."
 
+
 def _record_after(file, offset, end):
     "Whether a record begins after `offset`: a length has changed then, as nothing follows a record that was cut."
     found = file.find(RECORD_MAGIC, offset + 64, end)
-    while found != -1 and found % 64 != 4: found = file.find(RECORD_MAGIC, found + 1, end)
+    while found != -1 and found % 64 != 4:
+        found = file.find(RECORD_MAGIC, found + 1, end)
     return found != -1
+
 
 def _read_record(
     file: mmap.mmap,
-    offset: int,      # of the record
-    end: int,         # of the part of the file that holds records
+    offset: int,  # of the record
+    end: int,  # of the part of the file that holds records
 ) -> _Record:
     "The record at `offset`. Raises _Broken."
     key_start, end = offset + RECORD.size, min(end, file.size())  # of the file as it is now
-    if key_start > end: raise _Broken("cut")
+    if key_start > end:
+        raise _Broken("cut")
     crc, magic, key_bytes, tokens, low, high = RECORD.unpack_from(file, offset)
-    if magic != RECORD_MAGIC: raise _Broken("damaged")
+    if magic != RECORD_MAGIC:
+        raise _Broken("damaged")
     start = key_start + key_bytes
     stop = start + (tokens + 1) // 2
     record_end = stop + (offset - stop) % 64
-    if record_end > end: raise _Broken("damaged" if _record_after(file, offset, end) else "cut")
-    if zlib.crc32(file[offset + 4 : record_end]) != crc: raise _Broken("damaged")
+    if record_end > end:
+        raise _Broken("damaged" if _record_after(file, offset, end) else "cut")
+    if zlib.crc32(file[offset + 4 : record_end]) != crc:
+        raise _Broken("damaged")
     return _Record(file[key_start:start].decode(), tokens, low, high, file[start:stop], record_end)
+
 
 def _scan(
     file: mmap.mmap,
-    start: int,       # of the first record
-    end: int,         # of the part of the file that holds records
-) -> tuple[dict[str, int], int, str, str]:  # offset by key; where the records end; "", "cut" or "damaged"; which record is that
+    start: int,  # of the first record
+    end: int,  # of the part of the file that holds records
+) -> tuple[
+    dict[str, int], int, str, str
+]:  # offset by key; where the records end; "", "cut" or "damaged"; which record is that
     "All records in front of the first one that is not whole."
     records, offset = {}, start
     while offset < end and file[offset : offset + len(INDEX_MAGIC)] != INDEX_MAGIC:
-        try: record = _read_record(file, offset, end)
-        except _Broken as broken: return records, offset, str(broken), _place(file, offset, end, len(records))
+        try:
+            record = _read_record(file, offset, end)
+        except _Broken as broken:
+            return records, offset, str(broken), _place(file, offset, end, len(records))
         records[record.key] = offset
         offset = record.end
     return records, offset, "", ""
 
+
 def _place(file, offset, end, number=""):
     "A broken record in words, with its key where that can be read."
     name_end, end = offset + RECORD.size, min(end, file.size())
-    if name_end <= end: name_end += RECORD.unpack_from(file, offset)[2]
-    name = file[offset + RECORD.size : name_end].decode(errors="replace") if name_end <= min(end, offset + LONGEST_KEY) else ""
+    if name_end <= end:
+        name_end += RECORD.unpack_from(file, offset)[2]
+    name = (
+        file[offset + RECORD.size : name_end].decode(errors="replace")
+        if name_end <= min(end, offset + LONGEST_KEY)
+        else ""
+    )
     return " ".join(filter(None, ("record", str(number), f"({name!r})" if name else "", f"at byte {offset}")))
 
 # %% ../nbs/91_weight_cache.ipynb #c012
 def _hash(key: str) -> int:
     return int.from_bytes(blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
+
 def _index(
     records: dict[str, int],  # offset by key
-) -> np.ndarray:              # [2, n] uint64: hashes ascending, offsets
+) -> np.ndarray:  # [2, n] uint64: hashes ascending, offsets
     "Where each record begins, by the hash of its key."
     index = np.array([[_hash(key) for key in records], list(records.values())], "<u8").reshape(2, -1)
     return index[:, index[0].argsort(kind="stable")]
 
+
 class _Header(NamedTuple):
-    raw: bytes              # the identity, JSON
+    raw: bytes  # the identity, JSON
     identity: dict[str, str]
-    start: int              # of the first record
-    index_offset: int       # 0: the file was not closed
+    start: int  # of the first record
+    index_offset: int  # 0: the file was not closed
     records: int
     index_crc: int
-    end: int                # of the file
+    end: int  # of the file
+
 
 def _read_header(file, path: Path) -> _Header:
     "What the file says of itself. Raises ValueError unless it is a density cache of this version with a whole header."
     head = os.pread(file.fileno(), FILE.size, 0)
-    if not head: raise ValueError(f"{path} is empty; a DensityCacheWriter begins it anew")
-    if not head.startswith(FILE_MAGIC): raise ValueError(f"{path} is not a density cache")
-    if len(head) < FILE.size: raise ValueError(f"{path} is cut within its header")
+    if not head:
+        raise ValueError(f"{path} is empty; a DensityCacheWriter begins it anew")
+    if not head.startswith(FILE_MAGIC):
+        raise ValueError(f"{path} is not a density cache")
+    if len(head) < FILE.size:
+        raise ValueError(f"{path} is cut within its header")
     _, version, length, index_offset, records, index_crc, crc = FILE.unpack(head)
-    if version != VERSION: raise ValueError(f"{path} has format version {version}; only version {VERSION} can be read")
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version}; only version {VERSION} can be read")
     block = os.pread(file.fileno(), length + -length % 64, FILE.size)
-    if zlib.crc32(block, zlib.crc32(head[:-4])) != crc: raise ValueError(f"the header of {path} is damaged or cut")
+    if zlib.crc32(block, zlib.crc32(head[:-4])) != crc:
+        raise ValueError(f"the header of {path} is damaged or cut")
     start = FILE.size + len(block)
     end = index_offset + len(INDEX_MAGIC) + 16 * records
     return _Header(block[:length], json.loads(block[:length]), start, index_offset, records, index_crc, end)
+
 
 def _whole_index(file, header: _Header) -> bytes | None:
     "The index; None if its checksum does not fit."
     index = os.pread(file.fileno(), header.end - header.index_offset, header.index_offset)
     return index if zlib.crc32(index) == header.index_crc else None
+
 
 def _check_identity(
     path: Path,
@@ -183,10 +224,13 @@ def _check_identity(
     wanted: dict[str, str] | None,  # None: any
 ) -> None:
     "Raises ValueError naming the first thing in which the identities differ."
-    if wanted is None: return
+    if wanted is None:
+        return
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
-            raise ValueError(f"{path} was made with {name} {found.get(name)!r}, not {wanted.get(name)!r}; choose another path, or remove it to build it anew")
+            raise ValueError(
+                f"{path} was made with {name} {found.get(name)!r}, not {wanted.get(name)!r}; choose another path, or remove it to build it anew"
+            )
 
 # %% ../nbs/91_weight_cache.ipynb #c014
 class DensityCacheWriter:
@@ -203,7 +247,9 @@ class DensityCacheWriter:
         if not all(isinstance(part, str) for item in (identity or {}).items() for part in item):
             raise ValueError(f"an identity maps strings to strings, got {identity!r}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
+        self._file = open(
+            self.path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)
+        )
         try:
             hold(self._file, f"another writer holds {self.path}; wait for it or choose another path")
             self._begin(identity) if os.fstat(self._file.fileno()).st_size == 0 else self._resume(identity)
@@ -226,25 +272,37 @@ class DensityCacheWriter:
         with mmap.mmap(self._file.fileno(), end, access=mmap.ACCESS_READ) as file:
             self._records, self._end, problem, place = _scan(file, header.start, end)
         is_closed = header.index_offset and size >= header.index_offset
-        if problem == "damaged" or is_closed and (self._end, len(self._records)) != (header.index_offset, header.records):
-            raise ValueError(f"{place} of {self.path} is damaged; remove the file, or cut it to {self._end} bytes to keep the records before")
+        if (
+            problem == "damaged"
+            or is_closed
+            and (self._end, len(self._records)) != (header.index_offset, header.records)
+        ):
+            raise ValueError(
+                f"{place} of {self.path} is damaged; remove the file, or cut it to {self._end} bytes to keep the records before"
+            )
         self._is_whole = bool(is_closed and size == header.end and _whole_index(self._file, header))
-        if not self._is_whole: self._mark_open()
+        if not self._is_whole:
+            self._mark_open()
 
-    def __contains__(self, key) -> bool: return key in self._records
+    def __contains__(self, key) -> bool:
+        return key in self._records
 
-    def __len__(self) -> int: return len(self._records)
+    def __len__(self) -> int:
+        return len(self._records)
 
     def add(
         self,
-        key: str,                       # 1 to 1024 bytes
-        density: Tensor | np.ndarray,   # [tokens] of the sample's visual tokens, in order; none for a text-only sample
-    ) -> bool:                          # False: there is such a record, which stays as it is
+        key: str,  # 1 to 1024 bytes
+        density: Tensor | np.ndarray,  # [tokens] of the sample's visual tokens, in order; none for a text-only sample
+    ) -> bool:  # False: there is such a record, which stays as it is
         "Appends a record. Raises ValueError naming the key on a density that is not finite or not [tokens]; OSError on a full disk, earlier records stay."
-        if self._file.closed: raise ValueError(f"the writer of {self.path} is closed")
+        if self._file.closed:
+            raise ValueError(f"the writer of {self.path} is closed")
         record = _record_bytes(key, density)
-        if key in self._records: return False
-        if self._is_whole: self._mark_open()
+        if key in self._records:
+            return False
+        if self._is_whole:
+            self._mark_open()
         self._write(record, self._end, f"record {key!r}")
         self._records[key] = self._end
         self._end += len(record)
@@ -252,19 +310,23 @@ class DensityCacheWriter:
 
     def close(self) -> None:
         "Adds the index and puts all on the disk. Raises OSError on a full disk: the records stay, and a writer can go on."
-        if self._file.closed: return
+        if self._file.closed:
+            return
         with self._file:
-            if self._is_whole: return
+            if self._is_whole:
+                return
             index = INDEX_MAGIC + _index(self._records).tobytes()
             self._write(index, self._end, "the index")
             os.fsync(self._file.fileno())
             os.pwrite(self._file.fileno(), _file_header(self._raw, self._end, len(self._records), zlib.crc32(index)), 0)
             os.fsync(self._file.fileno())
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, kind, *_):
-        with suppress(OSError) if kind else nullcontext(): self.close()
+        with suppress(OSError) if kind else nullcontext():
+            self.close()
 
     def _mark_open(self):
         os.pwrite(self._file.fileno(), _file_header(self._raw), 0)
@@ -274,18 +336,27 @@ class DensityCacheWriter:
     def _write(self, content, offset, what):
         "All of it, or nothing, and nothing after it: what stood there was an index, or a record that was cut."
         try:
-            if os.fstat(self._file.fileno()).st_size > offset: os.ftruncate(self._file.fileno(), offset)
+            if os.fstat(self._file.fileno()).st_size > offset:
+                os.ftruncate(self._file.fileno(), offset)
             done = 0
-            while done < len(content): done += os.pwrite(self._file.fileno(), content[done:], offset + done)
+            while done < len(content):
+                done += os.pwrite(self._file.fileno(), content[done:], offset + done)
         except BaseException as error:
             os.ftruncate(self._file.fileno(), offset)
-            if not isinstance(error, OSError): raise
-            raise OSError(error.errno, f"can't write {what} to {self.path} ({error.strerror}); it keeps {len(self._records)} records") from None
+            if not isinstance(error, OSError):
+                raise
+            raise OSError(
+                error.errno,
+                f"can't write {what} to {self.path} ({error.strerror}); it keeps {len(self._records)} records",
+            ) from None
 
 # %% ../nbs/91_weight_cache.ipynb #c016
 class MissingRecord(KeyError):
     "A cache has no record of that key."
-    def __str__(self): return self.args[0]
+
+    def __str__(self):
+        return self.args[0]
+
 
 class DensityCache(Mapping):
     """The densities of a cache by key: `cache[key]` is [tokens], float32.
@@ -299,14 +370,17 @@ class DensityCache(Mapping):
         identity: dict[str, str] | None = None,  # what the densities must depend on; None: not checked
     ):
         self.path = Path(path)
-        if not self.path.is_file(): raise ValueError(f"no density cache at {self.path}")
+        if not self.path.is_file():
+            raise ValueError(f"no density cache at {self.path}")
         with open(self.path, "rb", buffering=0) as file:
             state = lambda: (os.pread(file.fileno(), FILE.size, 0), os.fstat(file.fileno()).st_size)
             for attempt in range(10):
                 before = state()
-                try: return self._load(file, identity)
+                try:
+                    return self._load(file, identity)
                 except ValueError:
-                    if attempt == 9 or state() == before: raise
+                    if attempt == 9 or state() == before:
+                        raise
                     # else a writer has gone on with the file or closed it meanwhile: read it again
 
     def _load(self, file, identity):
@@ -316,123 +390,171 @@ class DensityCache(Mapping):
         self.identity, self._tail = header.identity, ""
         self._map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
         if header.index_offset and size == header.end:
-            if not (index := _whole_index(file, header)): raise ValueError(f"the index of {self.path} is damaged; DensityCacheWriter(path).close() writes it anew")
+            if not (index := _whole_index(file, header)):
+                raise ValueError(
+                    f"the index of {self.path} is damaged; DensityCacheWriter(path).close() writes it anew"
+                )
             self._hashes, self._offsets = np.frombuffer(index, "<u8", offset=len(INDEX_MAGIC)).reshape(2, -1)
             return
         records, _, problem, place = _scan(self._map, header.start, end)
-        if problem == "damaged": raise ValueError(f"{place} of {self.path} is damaged")
+        if problem == "damaged":
+            raise ValueError(f"{place} of {self.path} is damaged")
         if header.index_offset:
             lost = place or ("the index" if len(records) == header.records else f"record {len(records)}")
-            change = f"{lost} is cut or lost; a DensityCacheWriter goes on from there" if size < header.end else "something was appended to it"
-            raise ValueError(f"{self.path} was closed with {header.records} records in {header.end} bytes and has {size}: {change}")
+            change = (
+                f"{lost} is cut or lost; a DensityCacheWriter goes on from there"
+                if size < header.end
+                else "something was appended to it"
+            )
+            raise ValueError(
+                f"{self.path} was closed with {header.records} records in {header.end} bytes and has {size}: {change}"
+            )
         self._tail = "; its writer was killed or is at work" + (f", and {place} is {problem}" if problem else "")
         self._hashes, self._offsets = _index(records)
 
-    def __reduce__(self): return DensityCache, (self.path, self.identity)
+    def __reduce__(self):
+        return DensityCache, (self.path, self.identity)
 
-    def __len__(self) -> int: return len(self._offsets)
+    def __len__(self) -> int:
+        return len(self._offsets)
 
     def __iter__(self) -> Iterator[str]:
         for offset in np.sort(self._offsets).tolist():
-            try: yield _read_record(self._map, offset, len(self._map)).key
-            except _Broken as broken: raise ValueError(f"{_place(self._map, offset, len(self._map))} of {self.path} is {broken}") from None
+            try:
+                yield _read_record(self._map, offset, len(self._map)).key
+            except _Broken as broken:
+                raise ValueError(f"{_place(self._map, offset, len(self._map))} of {self.path} is {broken}") from None
 
-    def __contains__(self, key) -> bool: return self._find(key) is not None
+    def __contains__(self, key) -> bool:
+        return self._find(key) is not None
 
     def __getitem__(self, key: str) -> Tensor:
         record = self._find(key)
-        if record is None: raise MissingRecord(f"{self.path} has no record {key!r} among its {len(self)}{self._tail}")
-        return torch.from_numpy(dequantize(record.low, record.high, np.frombuffer(record.levels, np.uint8), record.tokens))
+        if record is None:
+            raise MissingRecord(f"{self.path} has no record {key!r} among its {len(self)}{self._tail}")
+        return torch.from_numpy(
+            dequantize(record.low, record.high, np.frombuffer(record.levels, np.uint8), record.tokens)
+        )
 
     def _find(self, key):
-        if not isinstance(key, str): return None
+        if not isinstance(key, str):
+            return None
         place, hashed = int(self._hashes.searchsorted(wanted := np.uint64(_hash(key)))), self._hashes
         while place < len(hashed) and hashed[place] == wanted:  # keys may share a hash
             offset = int(self._offsets[place])
-            try: record = _read_record(self._map, offset, len(self._map))
-            except _Broken as broken: raise ValueError(f"record {key!r} at byte {offset} of {self.path} is {broken}") from None
-            if record.key == key: return record
+            try:
+                record = _read_record(self._map, offset, len(self._map))
+            except _Broken as broken:
+                raise ValueError(f"record {key!r} at byte {offset} of {self.path} is {broken}") from None
+            if record.key == key:
+                return record
             place += 1
         return None
 
 # %% ../nbs/91_weight_cache.ipynb #c023
 def density_key(
-    images: Sequence,               # of the sample, in order
-    identity: dict[str, str],       # of the cache
+    images: Sequence,  # of the sample, in order
+    identity: dict[str, str],  # of the cache
     tokens: Sequence[Tensor] = (),  # what else its record depends on: token ids and labels, for sensitivities
-) -> str:                           # 24 hexadecimal digits
+) -> str:  # 24 hexadecimal digits
     "The key of a sample in a cache. Raises ValueError on an image that can't be decoded."
     digest = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12)
-    for image in viewed_images(list(images)) or []: digest.update(b"\0" + repr(image.size).encode() + b"\0" + image.tobytes())
-    for ids in tokens: digest.update(b"\1" + repr(tuple(ids.shape)).encode() + ids.long().cpu().numpy().tobytes())
+    for image in viewed_images(list(images)) or []:
+        digest.update(b"\0" + repr(image.size).encode() + b"\0" + image.tobytes())
+    for ids in tokens:
+        digest.update(b"\1" + repr(tuple(ids.shape)).encode() + ids.long().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/91_weight_cache.ipynb #c026
 def image_keys(
-    samples: list,             # with `images`
+    samples: list,  # with `images`
     identity: dict[str, str],  # of the cache
 ) -> list[str]:
     "The keys under which a cache of densities holds these samples."
     return [density_key(sample.images, identity) for sample in samples]
 
+
 class _Read(Dataset):
     "A data set's samples; where one can't be read the error, since one that a worker raises loses its plain line."
-    def __init__(self, dataset): self.dataset = dataset
+
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def __getitem__(self, index: int):
-        try: return self.dataset[index]
+        try:
+            return self.dataset[index]
         except Exception as error:
-            return ValueError(f"{'' if isinstance(error, (ValueError, OSError)) else type(error).__name__ + ': '}{error}, in sample {index}")
+            return ValueError(
+                f"{'' if isinstance(error, (ValueError, OSError)) else type(error).__name__ + ': '}{error}, in sample {index}"
+            )
+
 
 def _new_densities(cache, densities, keys, samples):
     """Keys and densities of the samples that the cache lacks; the error if there is one, since one that a worker raises loses its plain line.
 
     Where one of several samples is to blame, each is tried alone, so that the error names it."""
     for sample in samples:
-        if isinstance(sample, ValueError): return sample
+        if isinstance(sample, ValueError):
+            return sample
     try:
         new = dict(zip(keys(samples, cache.identity), samples, strict=True))
         new = {key: sample for key, sample in new.items() if key not in cache}
-        return [(key, np.asarray(rho)) for key, rho in zip(new, densities(list(new.values())), strict=True)] if new else []
-    except BadSample as error: return error
+        return (
+            [(key, np.asarray(rho)) for key, rho in zip(new, densities(list(new.values())), strict=True)] if new else []
+        )
+    except BadSample as error:
+        return error
     except (ValueError, OSError) as error:
         alone = (_new_densities(cache, densities, keys, [sample]) for sample in samples if len(samples) > 1)
-        return next((found for found in alone if isinstance(found, ValueError)), ValueError(f"{error}, in sample{'s' * (len(samples) > 1)} {', '.join(sample.key for sample in samples)}"))
+        return next(
+            (found for found in alone if isinstance(found, ValueError)),
+            ValueError(f"{error}, in sample{'s' * (len(samples) > 1)} {', '.join(sample.key for sample in samples)}"),
+        )
+
 
 def build(
     path: str | Path,
-    dataset,                                           # of samples with `key` and `images`, or of rows
-    densities: Callable[[list], list[Tensor]],         # samples -> the density of each, [tokens]
-    identity: dict[str, str],                          # what the densities depend on
+    dataset,  # of samples with `key` and `images`, or of rows
+    densities: Callable[[list], list[Tensor]],  # samples -> the density of each, [tokens]
+    identity: dict[str, str],  # what the densities depend on
     *,
     keys: Callable[[list, dict], list[str]] = image_keys,  # samples, identity -> the key of each
-    indices: Iterable[int] | None = None,              # which samples; None: all
-    processes: int = 0,                                # that compute; 0: this one does
-    batch_size: int = 32,                              # samples at once
-    progress: bool = True,                             # show a bar
+    indices: Iterable[int] | None = None,  # which samples; None: all
+    processes: int = 0,  # that compute; 0: this one does
+    batch_size: int = 32,  # samples at once
+    progress: bool = True,  # show a bar
 ) -> "DensityCache":
     "The cache of a data set, built or completed. Raises what `DensityCacheWriter` raises, ValueError naming the sample where `densities` fails or an image can't be decoded; what was computed is kept."
     dataset = samples_of(dataset)
     indices = list(range(len(dataset)) if indices is None else indices)
     with DensityCacheWriter(path, identity) as writer:
-        loader = DataLoader(_Read(dataset), batch_sampler=BatchSampler(indices, batch_size, drop_last=False), num_workers=processes,
-                            collate_fn=partial(_new_densities, DensityCache(path), densities, keys))
+        loader = DataLoader(
+            _Read(dataset),
+            batch_sampler=BatchSampler(indices, batch_size, drop_last=False),
+            num_workers=processes,
+            collate_fn=partial(_new_densities, DensityCache(path), densities, keys),
+        )
         with tqdm(total=len(indices), unit="sample", disable=not progress, mininterval=1) as bar:
             for batch in loader:
-                if isinstance(batch, ValueError): raise batch
-                for key, rho in batch: writer.add(key, rho)
+                if isinstance(batch, ValueError):
+                    raise batch
+                for key, rho in batch:
+                    writer.add(key, rho)
                 bar.update(min(batch_size, bar.total - bar.n))
     return DensityCache(path, identity)
+
 
 def merge(
     path: str | Path,
     parts: Sequence[str | Path],  # caches of one identity
 ) -> "DensityCache":
     "One cache with the records of all. Raises ValueError if there are no parts, they differ in identity or one is damaged."
-    if not parts: raise ValueError(f"no parts are given to merge into {path}")
+    if not parts:
+        raise ValueError(f"no parts are given to merge into {path}")
     parts = [DensityCache(part) for part in parts]
     with DensityCacheWriter(path, parts[0].identity) as writer:
         for part in parts:
             _check_identity(part.path, part.identity, writer.identity)
-            for key in part: writer.add(key, part[key])
+            for key in part:
+                writer.add(key, part[key])
     return DensityCache(path)

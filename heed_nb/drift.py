@@ -61,10 +61,7 @@ class Tokens:
     sensitivity: np.ndarray  # [L, T]: squared norm of the gradient of the answer's cross-entropy (Eq. 7)
 
 # %% ../nbs/52_drift.ipynb #c014
-def check_pair(
-    teacher: nn.Module,
-    student: nn.Module,
-) -> None:
+def check_pair(teacher: nn.Module, student: nn.Module) -> None:
     "Raises ValueError unless the two models can be compared layer by layer and the teacher has attention everywhere."
     if type(family_of(teacher)) is not type(family_of(student)):
         kinds = student.config.model_type, teacher.config.model_type
@@ -125,9 +122,7 @@ def measured_inputs(
 
 
 def layer_attention(
-    teacher: nn.Module,
-    inputs: LanguageInputs,
-    batch: dict,
+    teacher: nn.Module, inputs: LanguageInputs, batch: dict
 ) -> list[tuple[Tensor, Tensor]]:  # of `attention_measures`, one a layer
     "Both attention measures at every layer. One layer's [B, H, T, T] matrix is held at a time."
     family, mask = family_of(teacher), batch["attention_mask"].bool()

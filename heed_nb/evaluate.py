@@ -52,20 +52,22 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def anls(
-    response: str,
-    answers: list[str],
-    threshold: float = 0.5,
-) -> float:
+def anls(response: str, answers: list[str], threshold: float = 0.5) -> float:
     "Average normalized Levenshtein similarity of one question, 0 below the threshold (Biten et al. 2019)."
-    def similarity(a, b): return 1 - edit_distance(a, b) / max(len(a), len(b), 1)
+
+    def similarity(a, b):
+        return 1 - edit_distance(a, b) / max(len(a), len(b), 1)
+
     best = max(similarity(folded(response), folded(a)) for a in answers)
     return best if best >= threshold else 0.0
 
 
 def exact_match(response: str, answers: list[str]) -> float:
     "1 if the response is an accepted answer, but for case, spaces and a full stop; 0 for one without a word."
-    def bare(text): return folded(text).removesuffix(".")
+
+    def bare(text):
+        return folded(text).removesuffix(".")
+
     return float(bool(bare(response)) and bare(response) in map(bare, answers))
 
 
@@ -82,13 +84,16 @@ def number(text: str) -> float | None:
 def relaxed_accuracy(
     response: str,
     answers: list[str],
-    tolerance: float = 0.05,   # relative to the answer
+    tolerance: float = 0.05,  # relative to the answer
 ) -> float:
     "1 if a number is within 5 % of an answer, or a text equals one (ChartQA, Masry et al. 2022)."
+
     def right(answer):
         given, wanted = number(response), number(answer)
-        if given is None or not wanted: return exact_match(response, [answer]) == 1
+        if given is None or not wanted:
+            return exact_match(response, [answer]) == 1
         return abs(given - wanted) <= tolerance * abs(wanted)
+
     return float(any(map(right, answers)))
 
 
@@ -101,9 +106,9 @@ METRICS = {f.__name__: f for f in (anls, relaxed_accuracy, exact_match, multiple
 
 
 def toy_scores(
-    doc: dict,             # a row of ToyTask's dataset
-    results: list[str],    # the one response
-) -> dict[str, float]:     # {metric: score in 0 to 1}
+    doc: dict,  # a row of ToyTask's dataset
+    results: list[str],  # the one response
+) -> dict[str, float]:  # {metric: score in 0 to 1}
     "A toy question's score, as lmms-eval asks for it."
     return {doc["metric"]: METRICS[doc["metric"]](results[0], doc["answers"])}
 
@@ -116,13 +121,14 @@ MODEL_ID = "heed_vlm"
 def lmms_eval_models() -> list:  # of one ModelManifest
     "What the entry point gives to lmms-eval: the id under which teacher and students run alike, as prompts depend on it."
     from lmms_eval.models.registry_v2 import ModelManifest
+
     return [ModelManifest(model_id=MODEL_ID, chat_class_path="heed_nb.lmms_model.HeedVLM")]
 
 
 def task_files(
-    suite: str,               # a key of SUITES
+    suite: str,  # a key of SUITES
     benchmarks: list[str],
-) -> list[Path]:              # in the order of the benchmarks
+) -> list[Path]:  # in the order of the benchmarks
     "The task files of a suite; MMMU-Pro has two in the paper's, its score is their mean."
     folder = Path(str(files("heed_nb"))) / "tasks" / SUITES[suite]
     return [path for key in benchmarks for path in sorted(folder.glob(f"{key}*.yaml"))]
@@ -130,74 +136,89 @@ def task_files(
 # %% ../nbs/50_evaluate.ipynb #c023
 WRONG = {"score": 0.0, "true_false": False, "parsed_pred": ""}  # where a task keeps what it made of a response
 
+
 def guessed(
-    value,      # what a scorer returns for one metric
+    value,  # what a scorer returns for one metric
 ) -> bool:
     "Whether MathVista's scorer took an option that its judge's words don't name: by its letter, or half of its text."
-    if not isinstance(value, dict) or "extraction" not in value: return False
+    if not isinstance(value, dict) or "extraction" not in value:
+        return False
     read, option = str(value["extraction"]), str(value["prediction"])
-    if not read.strip() or value["question_type"] != "multi_choice": return not read.strip()
+    if not read.strip() or value["question_type"] != "multi_choice":
+        return not read.strip()
     letters = "".join(chr(ord("A") + i) for i in range(len(value["choices"])))
     named = re.search(rf"\(([{letters}{letters.lower()}])\)|^\s*[{letters}]\s*$", read)
     return not (named or folded(option) in folded(read) or anls(read, [option]))
 
+
 def unread_is_wrong(
-    process_results,   # a task's scorer: document and responses -> {metric: value}
-):                     # the same, but for responses that can't be read
+    process_results,  # a task's scorer: document and responses -> {metric: value}
+):  # the same, but for responses that can't be read
     "A scorer for which an answer that can't be read is wrong, whatever the state of any generator."
+
     def process(doc, results):
         from lmms_eval.tasks._task_utils import mmmu_mcq_utils
+
         blank = not results[0].strip()
         with patch.object(mmmu_mcq_utils, "random", Namespace(choice=lambda options: "")):  # where nothing was read
             values = process_results(doc, [""] if blank else results)
         return {metric: wrong(value) if blank or guessed(value) else value for metric, value in values.items()}
-    def wrong(value): return value | {k: v for k, v in WRONG.items() if k in value} if isinstance(value, dict) else 0.0
+
+    def wrong(value):
+        return value | {k: v for k, v in WRONG.items() if k in value} if isinstance(value, dict) else 0.0
+
     return process
 
 # %% ../nbs/50_evaluate.ipynb #c011
 def toy_task(path: Path, questions: int, seed: int):  # -> ToyTask
     "The task of a file, its questions rendered."
     from lmms_eval.utils import load_yaml_config
+
     config = load_yaml_config(str(path), mode="full")
     return config["class"](config | {"dataset_kwargs": {"n": questions, "seed": seed}}, model_name=MODEL_ID)
 
 
 def real_config(
     path: Path,
-    mirror: Path | None = None,   # a folder of copies of the datasets, under their names on the hub
+    mirror: Path | None = None,  # a folder of copies of the datasets, under their names on the hub
 ) -> dict:
     "A stock task's configuration, pinned by our file. Raises ValueError if a package that scores it is missing."
     import lmms_eval.tasks
     from lmms_eval.utils import load_yaml_config
+
     pinned = yaml.safe_load(path.read_text())
     stock = Path(lmms_eval.tasks.__file__).parent / pinned.pop("include")
     try:
         config = load_yaml_config(str(stock), mode="full") | pinned
     except ImportError as error:
-        raise ValueError(f"{path.stem} can't be scored: {error.__cause__ or error}; install the package, or leave it out of benchmarks") from error
+        raise ValueError(
+            f"{path.stem} can't be scored: {error.__cause__ or error}; install the package, or leave it out of benchmarks"
+        ) from error
     metric = pinned["metadata"]["score"].split(",")[0]
     config["metric_list"] = [m for m in config["metric_list"] if m["metric"] == metric]
-    if process := config.get("process_results"): config["process_results"] = unread_is_wrong(process)
-    if mirror is not None: config["dataset_path"] = str(Path(mirror) / config["dataset_path"])
+    if process := config.get("process_results"):
+        config["process_results"] = unread_is_wrong(process)
+    if mirror is not None:
+        config["dataset_path"] = str(Path(mirror) / config["dataset_path"])
     return config
 
 # %% ../nbs/50_evaluate.ipynb #c013
-def check_judge(
-    benchmarks: list[str],
-) -> None:
+def check_judge(benchmarks: list[str]) -> None:
     "MathVista alone needs a language model to read the answers; raises ValueError if none is named."
-    if "mathvista" not in benchmarks: return
+    if "mathvista" not in benchmarks:
+        return
     kind = os.environ.get("API_TYPE", "openai")
     if kind == "dummy" or (kind == "openai" and not os.environ.get("OPENAI_API_KEY")):
-        raise ValueError("mathvista needs a judge to read its answers: set OPENAI_API_KEY (and OPENAI_API_URL for another server), "
-                         "API_TYPE=azure or API_TYPE=local; or leave it out of benchmarks")
+        raise ValueError(
+            "mathvista needs a judge to read its answers: set OPENAI_API_KEY (and OPENAI_API_URL for another server), "
+            "API_TYPE=azure or API_TYPE=local; or leave it out of benchmarks"
+        )
 
 
-def check_datasets(
-    configs: list[dict],
-) -> None:
+def check_datasets(configs: list[dict]) -> None:
     "Raises one ValueError that names every dataset which neither the hub nor the mirror gives, and how to get them."
     from datasets import load_dataset_builder
+
     missing = {}
     for config in configs:
         path, name = config["dataset_path"], config.get("dataset_name")
@@ -208,21 +229,26 @@ def check_datasets(
     if missing:
         listed = "; ".join(what for what, _ in missing.values())
         why = next(error for _, error in missing.values())
-        raise ValueError(f"datasets are missing ({listed}); fetch each with `hf download NAME --repo-type dataset --local-dir "
-                         f"FOLDER/NAME` and name it: `mirror` of evaluate, `evaluate.mirror` of a scale ({type(why).__name__}: {str(why).splitlines()[0]})")
+        raise ValueError(
+            f"datasets are missing ({listed}); fetch each with `hf download NAME --repo-type dataset --local-dir "
+            f"FOLDER/NAME` and name it: `mirror` of evaluate, `evaluate.mirror` of a scale ({type(why).__name__}: {str(why).splitlines()[0]})"
+        )
 
 # %% ../nbs/50_evaluate.ipynb #c015
 @contextlib.contextmanager
 def quiet():
     "The harness without its twenty progress bars and its log. A scorer seeds Python's generator, which is put back."
     from loguru import logger
+
     logger.disable("lmms_eval")
     state = random.getstate()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         random.setstate(state)
         logger.enable("lmms_eval")
+
 
 def check_harness() -> None:
     "Raises ValueError if the version of lmms-eval whose tasks are pinned is not installed."
@@ -231,13 +257,23 @@ def check_harness() -> None:
     except PackageNotFoundError:
         installed = None
     if installed != LMMS_EVAL:
-        raise ValueError(f"lmms-eval {LMMS_EVAL} is needed, found {installed}: pip install 'heed_nb[eval]', "
-                         f"then pip install --no-deps lmms-eval=={LMMS_EVAL}")
+        raise ValueError(
+            f"lmms-eval {LMMS_EVAL} is needed, found {installed}: pip install 'heed_nb[eval]', "
+            f"then pip install --no-deps lmms-eval=={LMMS_EVAL}"
+        )
+
 
 def run_tasks(
-    model: str, suite: str, keys: list[str], questions: int | None, seed: int, batch_size: int, device: str, dtype: str,
+    model: str,
+    suite: str,
+    keys: list[str],
+    questions: int | None,
+    seed: int,
+    batch_size: int,
+    device: str,
+    dtype: str,
     mirror: Path | None,  # all as for `evaluate`
-) -> tuple[list, dict]:   # the tasks, and what lmms-eval returns
+) -> tuple[list, dict]:  # the tasks, and what lmms-eval returns
     "Both suites' questions, put to the model and scored."
     stderr = sys.stderr
     with quiet():
@@ -257,38 +293,61 @@ def run_tasks(
         lm.bar = stderr
         with tempfile.TemporaryDirectory() as scratch:  # some tasks insist on a file of their own
             results = simple_evaluate(
-                lm, tasks=tasks, task_manager=TaskManager(include_defaults=False, model_name=MODEL_ID),
-                limit=None if suite == "toy" else questions, bootstrap_iters=0, process_docs_parallel=1,
-                random_seed=None, numpy_random_seed=None, torch_random_seed=None,
-                cli_args=Namespace(output_path=scratch, process_with_media=True))
+                lm,
+                tasks=tasks,
+                task_manager=TaskManager(include_defaults=False, model_name=MODEL_ID),
+                limit=None if suite == "toy" else questions,
+                bootstrap_iters=0,
+                process_docs_parallel=1,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+                cli_args=Namespace(output_path=scratch, process_with_media=True),
+            )
     return tasks, results
 
 # %% ../nbs/50_evaluate.ipynb #c024
 def task_answers(
-    task,                  # of `run_tasks`
-    samples: list[dict],   # its entry among the results' samples
-) -> list[dict]:           # key, benchmark, question, answers, response, score
+    task,  # of `run_tasks`
+    samples: list[dict],  # its entry among the results' samples
+) -> list[dict]:  # key, benchmark, question, answers, response, score
     "What answers.jsonl says of a task's questions. Raises RuntimeError if MathVista's judge read nothing in an answer."
     name, about = task.config.task, task.config.metadata
     metric = about["score"].split(",")[0]
-    answers = [{
-        "key": s["doc"]["key"] if name.startswith("toy_") else f"{name}-{s['doc_id']:06d}",
-        "benchmark": about["benchmark"], "question": s["arguments"][0],
-        "answers": s["target"] if isinstance(s["target"], list) else [s["target"]],
-        "response": s["resps"][0][0], "score": s[metric],
-    } for s in samples]
+    answers = [
+        {
+            "key": s["doc"]["key"] if name.startswith("toy_") else f"{name}-{s['doc_id']:06d}",
+            "benchmark": about["benchmark"],
+            "question": s["arguments"][0],
+            "answers": s["target"] if isinstance(s["target"], list) else [s["target"]],
+            "response": s["resps"][0][0],
+            "score": s[metric],
+        }
+        for s in samples
+    ]
     scores = [a["score"] for a in answers if a["response"].strip() and isinstance(a["score"], dict)]
     if unread := sum(score.get("extraction") == "" for score in scores):
         raise RuntimeError(f"mathvista's judge read nothing in {unread} answers: is it reachable?")
     return answers
 
+
 def row_answers(
-    model: Path, rows, metric: str, max_new_tokens: int, batch_size: int, device: str, dtype: str,  # as for `evaluate`
-) -> list[dict]:   # as for `task_answers`
+    model: Path,
+    rows,
+    metric: str,
+    max_new_tokens: int,
+    batch_size: int,
+    device: str,
+    dtype: str,  # as for `evaluate`
+) -> list[dict]:  # as for `task_answers`
     "Answers to the last question of each row. Raises ValueError naming a row that can't be read, before any is asked."
     data = samples_of(rows)
-    def chat_of(i): return question_and_answer(as_sample(data[i], i))
-    for i in range(len(data)): chat_of(i)
+
+    def chat_of(i):
+        return question_and_answer(as_sample(data[i], i))
+
+    for i in range(len(data)):
+        chat_of(i)
     vlm, processor = load_teacher(model, dtype=getattr(torch, dtype))
     vlm, answers = vlm.to(device), []
     for start in tqdm(range(0, len(data), batch_size), desc="answers"):
@@ -296,50 +355,72 @@ def row_answers(
         responses = greedy_answers(vlm, processor, list(chats), max_new_tokens)
         for key, chat, answer, response in zip(keys, chats, wanted, responses):
             asked = " ".join(entry["text"] for entry in chat[-1]["content"] if entry["type"] == "text")
-            answers.append({"key": key, "benchmark": "rows", "question": asked, "answers": [answer],
-                            "response": response, "score": METRICS[metric](response, [answer])})
+            answers.append(
+                {
+                    "key": key,
+                    "benchmark": "rows",
+                    "question": asked,
+                    "answers": [answer],
+                    "response": response,
+                    "score": METRICS[metric](response, [answer]),
+                }
+            )
     return answers
+
 
 def question_and_answer(
     sample,
-) -> tuple[str, list[dict], str]:   # its key, the messages before the last answer with their images, that answer
+) -> tuple[str, list[dict], str]:  # its key, the messages before the last answer with their images, that answer
     "A sample as a question. Raises BadSample if it does not end with one and its answer, or an image can't be decoded."
     try:
         images, messages = iter(viewed_images(sample.images) or []), sample.messages()
-        def part(entry): return entry | {"image": next(images)} if entry["type"] == "image" else entry
+
+        def part(entry):
+            return entry | {"image": next(images)} if entry["type"] == "image" else entry
+
         ends = [message["role"] for message in messages[-2:]]
         if ends != ["user", "assistant"]:
             raise ValueError(f"its messages end with {' and '.join(ends) or 'none'}, not with a question and an answer")
-        *chat, answer = [message | {"content": [part(entry) for entry in message["content"]]
-                                    if message["role"] == "user" else message["content"][0]["text"]} for message in messages]
-        if not answer["content"].strip(): raise ValueError("its last answer is empty")
-    except (ValueError, TypeError, LookupError) as error: raise BadSample(sample.key, error) from None
+        *chat, answer = [
+            message
+            | {
+                "content": [part(entry) for entry in message["content"]]
+                if message["role"] == "user"
+                else message["content"][0]["text"]
+            }
+            for message in messages
+        ]
+        if not answer["content"].strip():
+            raise ValueError("its last answer is empty")
+    except (ValueError, TypeError, LookupError) as error:
+        raise BadSample(sample.key, error) from None
     return sample.key, chat, answer["content"]
 
 # %% ../nbs/50_evaluate.ipynb #c025
 def evaluate(
-    model: str | Path,                    # a folder with a model and its processor, teacher or student, or a hub id
+    model: str | Path,  # a folder with a model and its processor, teacher or student, or a hub id
     *,
-    rows=None,                            # your own, as `distill` reads them; the last answer of each is the reference
-    metric: str = "anls",                 # rows: a key of METRICS
-    max_new_tokens: int = 128,            # rows: of an answer; a benchmark has its own
-    suite: str = "toy",                   # "toy", or "paper" for the real benchmarks
+    rows=None,  # your own, as `distill` reads them; the last answer of each is the reference
+    metric: str = "anls",  # rows: a key of METRICS
+    max_new_tokens: int = 128,  # rows: of an answer; a benchmark has its own
+    suite: str = "toy",  # "toy", or "paper" for the real benchmarks
     benchmarks: list[str] | None = None,  # keys of BENCHMARKS, of TASKS for the toy suite; None: all ten
-    questions: int | None = 100,          # of each benchmark; None: all there are (paper only)
-    seed: int = 0,                        # of the toy documents
+    questions: int | None = 100,  # of each benchmark; None: all there are (paper only)
+    seed: int = 0,  # of the toy documents
     batch_size: int = 64,
-    device: str | None = None,            # None: a GPU if there is one
+    device: str | None = None,  # None: a GPU if there is one
     dtype: str = "float32",
-    mirror: Path | None = None,           # paper: a folder of copies of the datasets
-    out: Path | None = None,              # where answers.jsonl goes; None: nowhere
-) -> dict:                                # {"scores": {key: 0 to 100}, "n": {key: questions}, "seconds": ...}; key "rows" for rows
+    mirror: Path | None = None,  # paper: a folder of copies of the datasets
+    out: Path | None = None,  # where answers.jsonl goes; None: nowhere
+) -> dict:  # {"scores": {key: 0 to 100}, "n": {key: questions}, "seconds": ...}; key "rows" for rows
     """Greedy answers to the benchmarks or to rows, scored. The scores are a function of the answers.
 
     Raises ValueError on wrong arguments, a broken checkpoint, a bad row or a missing dataset, before any work."""
     counts = dict(batch_size=batch_size, max_new_tokens=max_new_tokens)
     keys = check_arguments(rows, metric, suite, benchmarks, questions, counts, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if rows is None: check_harness()
+    if rows is None:
+        check_harness()
     folder, _, _ = check_checkpoint(model)
     started = time.perf_counter()
     if rows is not None:
@@ -354,32 +435,46 @@ def evaluate(
             score = results["results"][task.config.task][about["score"]]
             scores.setdefault(about["benchmark"], []).append((score or 0.0) * about["scale"])
     written = "".join(json.dumps(a, default=str) + "\n" for a in answers)
-    if out is not None: write_file(Path(out) / "answers.jsonl", written)
-    return {"scores": {key: sum(values) / len(values) for key, values in scores.items()},
-            "n": {key: sum(a["benchmark"] == key for a in answers) for key in scores},
-            "seconds": time.perf_counter() - started}
+    if out is not None:
+        write_file(Path(out) / "answers.jsonl", written)
+    return {
+        "scores": {key: sum(values) / len(values) for key, values in scores.items()},
+        "n": {key: sum(a["benchmark"] == key for a in answers) for key in scores},
+        "seconds": time.perf_counter() - started,
+    }
+
 
 def check_arguments(rows, metric, suite, benchmarks, questions, counts, dtype) -> list[str]:
     "The benchmarks that `evaluate` is asked for. Raises ValueError naming the argument that is wrong."
-    if suite not in SUITES: raise ValueError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
-    if metric not in METRICS: raise ValueError(f"unknown metric {metric!r}; one of {', '.join(METRICS)}")
-    if rows is not None and benchmarks is not None: raise ValueError("rows are scored alone: leave benchmarks out")
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; one of {', '.join(SUITES)}")
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; one of {', '.join(METRICS)}")
+    if rows is not None and benchmarks is not None:
+        raise ValueError("rows are scored alone: leave benchmarks out")
     known, keys = TASKS if suite == "toy" else BENCHMARKS, list(BENCHMARKS if benchmarks is None else benchmarks)
     for key in keys:
-        if key not in known: raise ValueError(f"unknown benchmark {key!r}; some of {', '.join(known)}")
-    if not keys: raise ValueError(f"no benchmarks given; some of {', '.join(known)}")
+        if key not in known:
+            raise ValueError(f"unknown benchmark {key!r}; some of {', '.join(known)}")
+    if not keys:
+        raise ValueError(f"no benchmarks given; some of {', '.join(known)}")
     if questions is None and suite == "toy" and rows is None:
         raise ValueError("the toy benchmarks have no end: questions must be a number")
     for name, value in dict(questions=questions, **counts).items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be at least 1, got {value!r}")
-    if dtype not in DTYPES: raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
-    if suite == "paper" and rows is None: check_judge(keys)
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+    if suite == "paper" and rows is None:
+        check_judge(keys)
     return keys
 
 # %% ../nbs/50_evaluate.ipynb #c0eb
 class _Evaluate(ModuleType):
     "This module, called as its function of the same name."
+
     __call__ = staticmethod(evaluate)
 
-if __name__ == "heed_nb.evaluate": sys.modules[__name__].__class__ = _Evaluate
+
+if __name__ == "heed_nb.evaluate":
+    sys.modules[__name__].__class__ = _Evaluate

@@ -11,34 +11,62 @@ from importlib import import_module
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
-from .ssd import (
-    _backend, _check_sequences, _chunks_of, _compute_dtype, _cut, _differentiable_gradient, _each_sequence, _exp, _fill, _keep_for_gradient,
-    _log_decay_gradient, _needs_grad, _once, _pair_decays, _put, _rows, _runs_alone, _spans, _transformed, segment_sums)
+from heed_nb.ssd import (
+    _backend,
+    _check_sequences,
+    _chunks_of,
+    _compute_dtype,
+    _cut,
+    _differentiable_gradient,
+    _each_sequence,
+    _exp,
+    _fill,
+    _keep_for_gradient,
+    _log_decay_gradient,
+    _needs_grad,
+    _once,
+    _pair_decays,
+    _put,
+    _rows,
+    _runs_alone,
+    _spans,
+    _transformed,
+    segment_sums,
+)
 
 # %% ../nbs/22_gated_delta.ipynb #c005
 def _check(q, k, v, g, beta, initial_state, cu_seqlens):
     "Raises ValueError naming the first argument whose shape does not fit `q` and `v`, or a dtype that is not a float."
-    if q.ndim != 4 or v.ndim != 4: raise ValueError(f"q is [B, T, G, K] and v is [B, T, H, V], got {list(q.shape)} and {list(v.shape)}")
+    if q.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q is [B, T, G, K] and v is [B, T, H, V], got {list(q.shape)} and {list(v.shape)}")
     b, t, h, p = v.shape
     groups, n = q.shape[2:]
-    if groups < 1 or h % groups: raise ValueError(f"{groups} groups do not divide {h} heads")
+    if groups < 1 or h % groups:
+        raise ValueError(f"{groups} groups do not divide {h} heads")
     sequences = _check_sequences(cu_seqlens, b, t)
     shapes = dict(
-        q=(q, (b, t, groups, n)), k=(k, (b, t, groups, n)), g=(g, (b, t, h)), beta=(beta, (b, t, h)), initial_state=(initial_state, (sequences, h, n, p)))
+        q=(q, (b, t, groups, n)),
+        k=(k, (b, t, groups, n)),
+        g=(g, (b, t, h)),
+        beta=(beta, (b, t, h)),
+        initial_state=(initial_state, (sequences, h, n, p)),
+    )
     for name, (value, shape) in shapes.items():
-        if value is not None and value.shape != shape: raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
-    if not v.is_floating_point(): raise ValueError(f"v has dtype {v.dtype}, expected a float")
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+    if not v.is_floating_point():
+        raise ValueError(f"v has dtype {v.dtype}, expected a float")
 
 # %% ../nbs/22_gated_delta.ipynb #c006
 def gated_delta_step(
-    q: Tensor,                 # [B, G, K], one position
-    k: Tensor,                 # [B, G, K]
-    v: Tensor,                 # [B, H, V]
-    g: Tensor,                 # [B, H], log decay, <= 0
-    beta: Tensor,              # [B, H], 0 to 1
-    state: Tensor,             # [B, H, K, V], float32 (float64 for float64 inputs)
-    scale: float | None = None # of the output; 1 / sqrt(K) if None
-) -> tuple[Tensor, Tensor]:    # y [B, H, V] in the dtype of v, the next state [B, H, K, V]
+    q: Tensor,  # [B, G, K], one position
+    k: Tensor,  # [B, G, K]
+    v: Tensor,  # [B, H, V]
+    g: Tensor,  # [B, H], log decay, <= 0
+    beta: Tensor,  # [B, H], 0 to 1
+    state: Tensor,  # [B, H, K, V], float32 (float64 for float64 inputs)
+    scale: float | None = None,  # of the output; 1 / sqrt(K) if None
+) -> tuple[Tensor, Tensor]:  # y [B, H, V] in the dtype of v, the next state [B, H, K, V]
     "One position of the recurrence, computed in float32."
     dtype, repeats = _compute_dtype(v), v.shape[1] // q.shape[1]
     q, k, v_, g, beta = (a.to(dtype) for a in (q, k, v, g, beta))
@@ -51,23 +79,33 @@ def gated_delta_step(
 
 # %% ../nbs/22_gated_delta.ipynb #c007
 def gated_delta_reference(
-    q: Tensor,                           # [B, T, G, K], head h reads group h // (H / G)
-    k: Tensor,                           # [B, T, G, K]
-    v: Tensor,                           # [B, T, H, V]
-    g: Tensor,                           # [B, T, H], log decay, <= 0
-    beta: Tensor,                        # [B, T, H], 0 to 1; with g = 0, 0 leaves the state alone
+    q: Tensor,  # [B, T, G, K], head h reads group h // (H / G)
+    k: Tensor,  # [B, T, G, K]
+    v: Tensor,  # [B, T, H, V]
+    g: Tensor,  # [B, T, H], log decay, <= 0
+    beta: Tensor,  # [B, T, H], 0 to 1; with g = 0, 0 leaves the state alone
     *,
-    scale: float | None = None,          # of the output; 1 / sqrt(K) if None
-    initial_state: Tensor | None = None, # [B, H, K, V], zeros if None
+    scale: float | None = None,  # of the output; 1 / sqrt(K) if None
+    initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
     return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None     # [S + 1], ends of S sequences packed in one row; states are then [S, H, K, V]
-) -> Tensor | tuple[Tensor, Tensor]:     # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
+    cu_seqlens: Tensor | None = None,  # [S + 1], ends of S sequences packed in one row; states are then [S, H, K, V]
+) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
     "The gated delta rule one step at a time: the definition that `gated_delta` is held against. Raises ValueError on shapes that do not fit."
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
     if cu_seqlens is not None:
-        return _each_sequence(partial(gated_delta_reference, scale=scale), (q, k, v, g, beta), cu_seqlens, initial_state, return_final_state)
+        return _each_sequence(
+            partial(gated_delta_reference, scale=scale),
+            (q, k, v, g, beta),
+            cu_seqlens,
+            initial_state,
+            return_final_state,
+        )
     b, t, h, p = v.shape
-    state = v.new_zeros(b, h, q.shape[-1], p, dtype=_compute_dtype(v)) if initial_state is None else initial_state.to(_compute_dtype(v))
+    state = (
+        v.new_zeros(b, h, q.shape[-1], p, dtype=_compute_dtype(v))
+        if initial_state is None
+        else initial_state.to(_compute_dtype(v))
+    )
     ys = []
     for i in range(t):
         y, state = gated_delta_step(q[:, i], k[:, i], v[:, i], g[:, i], beta[:, i], state, scale)
@@ -77,21 +115,25 @@ def gated_delta_reference(
 
 # %% ../nbs/22_gated_delta.ipynb #c023
 def gated_delta_minimal(
-    q: Tensor,                           # [B, T, G, K], T > 0
-    k: Tensor,                           # [B, T, G, K]
-    v: Tensor,                           # [B, T, H, V]
-    g: Tensor,                           # [B, T, H]
-    beta: Tensor,                        # [B, T, H]
+    q: Tensor,  # [B, T, G, K], T > 0
+    k: Tensor,  # [B, T, G, K]
+    v: Tensor,  # [B, T, H, V]
+    g: Tensor,  # [B, T, H]
+    beta: Tensor,  # [B, T, H]
     *,
-    chunk_size: int | None = None,       # positions in a chunk at most
-    initial_state: Tensor | None = None  # [B, H, K, V], zeros if None
-) -> tuple[Tensor, Tensor]:              # y [B, T, H, V] for a scale of 1 and the final state [B, H, K, V], in float32 (float64 for float64 inputs)
+    chunk_size: int | None = None,  # positions in a chunk at most
+    initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
+) -> tuple[
+    Tensor, Tensor
+]:  # y [B, T, H, V] for a scale of 1 and the final state [B, H, K, V], in float32 (float64 for float64 inputs)
     "The gated delta rule in chunks as it is written, every derivative by PyTorch."
     (b, t, h, p), n, dtype = v.shape, q.shape[-1], _compute_dtype(v)
     chunks, size = _chunks_of(t, chunk_size or 0, max(p, n))
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     q, k = (x.repeat_interleave(h // x.shape[2], 2) for x in (q, k))
-    q, k, v, g, beta = (_fill(x, chunks * size).unflatten(1, (chunks, size)).movedim((1, 3), (0, 2)) for x in (q, k, v, g, beta))  # [C, B, H, c, ...]
+    q, k, v, g, beta = (
+        _fill(x, chunks * size).unflatten(1, (chunks, size)).movedim((1, 3), (0, 2)) for x in (q, k, v, g, beta)
+    )  # [C, B, H, c, ...]
     # 1. decays: from the chunk's start to i, from j to i, from j to the chunk's end, over the whole chunk
     from_start, decay = g.cumsum(-1).exp()[..., None], segment_sums(g).exp()
     to_end, total = decay[..., -1, :, None], from_start[..., -1:, :]
@@ -100,7 +142,11 @@ def gated_delta_minimal(
     right = beta[..., None] * torch.cat([v, from_start * k], -1)
     values, reads = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True).split([p, n], -1)
     # 3. from chunk to chunk: what is written, what is read, the state that is left
-    scores, state, ys = q @ k.mT * decay, v.new_zeros(b, h, n, p) if initial_state is None else initial_state.to(dtype), []
+    scores, state, ys = (
+        q @ k.mT * decay,
+        v.new_zeros(b, h, n, p) if initial_state is None else initial_state.to(dtype),
+        [],
+    )
     for c in range(chunks):
         written = values[c] - reads[c] @ state
         ys.append(from_start[c] * (q[c] @ state) + scores[c] @ written)
@@ -110,14 +156,14 @@ def gated_delta_minimal(
 # %% ../nbs/22_gated_delta.ipynb #c012
 @torch.library.custom_op("heed_nb::gated_delta_chunks", mutates_args=())
 def _gated_delta_chunks(
-    q: Tensor,            # [B, T, G, K]
-    k: Tensor,            # [B, T, G, K]
-    v: Tensor,            # [B, T, H, V]
-    g: Tensor,            # [B, T, H]
-    beta: Tensor,         # [B, T, H]
-    state: Tensor | None, # [B, H, K, V]
-    size: int,            # positions in a chunk at most, 0 for the default
-    keep: bool            # whether to return what the gradient needs
+    q: Tensor,  # [B, T, G, K]
+    k: Tensor,  # [B, T, G, K]
+    v: Tensor,  # [B, T, H, V]
+    g: Tensor,  # [B, T, H]
+    beta: Tensor,  # [B, T, H]
+    state: Tensor | None,  # [B, H, K, V]
+    size: int,  # positions in a chunk at most, 0 for the default
+    keep: bool,  # whether to return what the gradient needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "y for a scale of 1 and the final state; kept for the gradient: states at the chunks' starts, inverses of I + L, U (empty if not kept)."
     (b, t, h, p), n, dtype = v.shape, q.shape[-1], _compute_dtype(v)
@@ -126,14 +172,23 @@ def _gated_delta_chunks(
     q, k, v, g, beta = (_fill(x, chunks * size) for x in (q, k, v, g, beta))
     spans = _spans(v, size, max(p, n))
     held = chunks if keep else spans[0][1]
-    y, starts, inverses, writes = new(v.shape), new(held + 1, b * h, n, p), new(held, b * h, size, size), new(held, b * h, size, p)
+    y, starts, inverses, writes = (
+        new(v.shape),
+        new(held + 1, b * h, n, p),
+        new(held, b * h, size, size),
+        new(held, b * h, size, p),
+    )
     state = new(b, h, n, p).zero_() if state is None else state
     eye = torch.eye(size, dtype=dtype, device=v.device)
     for i, j in spans:
-        rows, at, by_chunk = partial(_rows, size=size, i=i, j=j, heads=h, dtype=dtype), i if keep else 0, lambda x: x.unflatten(0, (j - i, b * h))
+        rows, at, by_chunk = (
+            partial(_rows, size=size, i=i, j=j, heads=h, dtype=dtype),
+            i if keep else 0,
+            lambda x: x.unflatten(0, (j - i, b * h)),
+        )
         q_, k_, v_, beta_ = rows(q), rows(k), rows(v), rows(beta[..., None])
         s = rows(g[..., None])[..., 0]
-        states, inverse, written = starts[at:at + j - i + 1], inverses[at:at + j - i], writes[at:at + j - i]
+        states, inverse, written = starts[at : at + j - i + 1], inverses[at : at + j - i], writes[at : at + j - i]
         from_start, decay = _exp(s.cumsum(-1))[..., None], _pair_decays(s)
         to_end, total = decay[:, -1, :, None], by_chunk(from_start[:, -1:])
         # the triangular systems
@@ -149,22 +204,42 @@ def _gated_delta_chunks(
             torch.mul(states[c], total[c], out=states[c + 1]).baddbmm_(keys[c], written[c])
         state = states[-1].view(b, h, n, p)
         # what each position reads
-        _put(torch.bmm(scores, written.flatten(0, 1)).baddbmm_(q_.mul_(from_start), states[:-1].flatten(0, 1)), y, size, i, j)
+        _put(
+            torch.bmm(scores, written.flatten(0, 1)).baddbmm_(q_.mul_(from_start), states[:-1].flatten(0, 1)),
+            y,
+            size,
+            i,
+            j,
+        )
     y, state = _cut(y, t), state.clone()
     return (y, state, starts, inverses, writes) if keep else (y, state, new(0), new(0), new(0))
+
 
 @_gated_delta_chunks.register_fake
 def _(q, k, v, g, beta, state, size, keep):
     (b, t, h, p), n, new = v.shape, q.shape[-1], partial(v.new_empty, dtype=_compute_dtype(v))
     chunks, size = _chunks_of(t, size, max(p, n))
-    kept = [new(chunks + 1, b * h, n, p), new(chunks, b * h, size, size), new(chunks, b * h, size, p)] if keep else [new(0) for _ in range(3)]
+    kept = (
+        [new(chunks + 1, b * h, n, p), new(chunks, b * h, size, size), new(chunks, b * h, size, p)]
+        if keep
+        else [new(0) for _ in range(3)]
+    )
     return new(v.shape), new(b, h, n, p), *kept
 
 # %% ../nbs/22_gated_delta.ipynb #c024
 @torch.library.custom_op("heed_nb::gated_delta_chunks_backward", mutates_args=())
 def _gated_delta_chunks_backward(
-    dy: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
-    starts: Tensor, inverses: Tensor, writes: Tensor, size: int
+    dy: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    starts: Tensor,
+    inverses: Tensor,
+    writes: Tensor,
+    size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "Gradients of q, k, v, g, beta and the initial state."
     (b, length, h, p), n, dtype = v.shape, q.shape[-1], _compute_dtype(v)
@@ -177,12 +252,15 @@ def _gated_delta_chunks_backward(
     buffer = v.new_empty(spans[0][1] + 1, b * h, n, p, dtype=dtype)
     dstate = torch.zeros_like(buffer[0]) if dfinal is None else dfinal.flatten(0, 1)
     for i, j in reversed(spans):
-        rows, by_chunk = partial(_rows, size=size, i=i, j=j, heads=h, dtype=dtype), lambda x: x.unflatten(0, (j - i, b * h))
+        rows, by_chunk = (
+            partial(_rows, size=size, i=i, j=j, heads=h, dtype=dtype),
+            lambda x: x.unflatten(0, (j - i, b * h)),
+        )
         q_, k_, v_, beta_, dy_ = rows(q), rows(k), rows(v), rows(beta[..., None]), rows(dy)
         s = rows(g[..., None])[..., 0]
         from_start, decay = _exp(s.cumsum(-1))[..., None], _pair_decays(s)
         to_end, total = decay[:, -1, :, None], from_start[:, -1, 0]
-        states, written, dstates = starts[i:j].flatten(0, 1), writes[i:j].flatten(0, 1), buffer[:j - i + 1]
+        states, written, dstates = starts[i:j].flatten(0, 1), writes[i:j].flatten(0, 1), buffer[: j - i + 1]
         gram, scores = torch.bmm(k_, k_.mT).mul_(decay), torch.bmm(q_, k_.mT).mul_(decay)
         # from chunk to chunk: the gradients of what the systems are solved for, and of the states
         dwritten = torch.bmm(scores.mT, dy_)
@@ -218,8 +296,10 @@ def _gated_delta_chunks_backward(
         dk_ = torch.bmm(written, dends.mT).mul_(to_end)
         dg_ = _log_decay_gradient(pairs, reads_, vecdot(dk_, k_), vecdot(states.flatten(1), dends.flatten(1)) * total)
         dk_.baddbmm_(dscores.mT, q_).sub_(dreads.mul_(from_start * beta_)).baddbmm_(dlower + dlower.mT, k_, alpha=-1)
-        for rows_, out in ((dk_, dk), (dvalues.mul_(beta_), dv), (dg_, dg), (dbeta_, dbeta)): _put(rows_, out, size, i, j)
+        for rows_, out in ((dk_, dk), (dvalues.mul_(beta_), dv), (dg_, dg), (dbeta_, dbeta)):
+            _put(rows_, out, size, i, j)
     return *(_cut(x, length) for x in (dq, dk, dv, dg[..., 0], dbeta[..., 0])), dstate.view(b, h, n, p)
+
 
 @_gated_delta_chunks_backward.register_fake
 def _(dy, dfinal, q, k, v, g, beta, starts, inverses, writes, size):
@@ -238,6 +318,7 @@ def _gradient(ctx, dy, dfinal, *_):
         *grads, dstate = _gated_delta_chunks_backward(dy, dfinal, *inputs, starts, inverses, writes, ctx.size)
     return *grads, None if state is None else dstate, None, None
 
+
 _gated_delta_chunks.register_autograd(_gradient, setup_context=_keep_for_gradient)
 
 # %% ../nbs/22_gated_delta.ipynb #c014
@@ -246,42 +327,59 @@ def _gated_delta_fla(q, k, v, g, beta, scale, initial_state, return_final_state,
     repeats = v.shape[2] // q.shape[2]
     q, k = (x.to(v.dtype).repeat_interleave(repeats, 2) for x in (q, k))
     y, state = kernel(
-        q, k, v, g.float(), beta.float(), scale=scale, output_final_state=return_final_state,
+        q,
+        k,
+        v,
+        g.float(),
+        beta.float(),
+        scale=scale,
+        output_final_state=return_final_state,
         initial_state=None if initial_state is None else initial_state.float(),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(v.device, torch.long))
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(v.device, torch.long),
+    )
     return (y, state) if return_final_state else y
 
+
 def gated_delta(
-    q: Tensor,                           # [B, T, G, K], head h reads group h // (H / G)
-    k: Tensor,                           # [B, T, G, K]
-    v: Tensor,                           # [B, T, H, V]
-    g: Tensor,                           # [B, T, H], log decay, <= 0
-    beta: Tensor,                        # [B, T, H], 0 to 1; with g = 0, 0 leaves the state alone
+    q: Tensor,  # [B, T, G, K], head h reads group h // (H / G)
+    k: Tensor,  # [B, T, G, K]
+    v: Tensor,  # [B, T, H, V]
+    g: Tensor,  # [B, T, H], log decay, <= 0
+    beta: Tensor,  # [B, T, H], 0 to 1; with g = 0, 0 leaves the state alone
     *,
-    scale: float | None = None,          # of the output; 1 / sqrt(K) if None
-    chunk_size: int | None = None,       # positions in a chunk of the torch form, at most; None: 32, or 64 for K or V above 64
-    initial_state: Tensor | None = None, # [B, H, K, V], zeros if None
-    return_final_state: bool = False,    # the state after position T, in float32 (float64 for float64 inputs)
-    cu_seqlens: Tensor | None = None,    # [S + 1], ends of S sequences packed in one row; states are then [S, H, K, V]
-    backend: str = "auto"                # "auto", "torch" or "fla"
-) -> Tensor | tuple[Tensor, Tensor]:     # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
+    scale: float | None = None,  # of the output; 1 / sqrt(K) if None
+    chunk_size: int
+    | None = None,  # positions in a chunk of the torch form, at most; None: 32, or 64 for K or V above 64
+    initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
+    return_final_state: bool = False,  # the state after position T, in float32 (float64 for float64 inputs)
+    cu_seqlens: Tensor | None = None,  # [S + 1], ends of S sequences packed in one row; states are then [S, H, K, V]
+    backend: str = "auto",  # "auto", "torch" or "fla"
+) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
     """The gated delta rule in chunks, equal to `gated_delta_reference`, with derivatives as `ssd` and its accuracy.
 
     Raises ValueError on shapes that do not fit, a chunk size below 1, and as `choose_backend`."""
     backend = _backend(backend, ("fla",), v, q, k, g, beta, initial_state)
-    if chunk_size is not None and chunk_size < 1: raise ValueError(f"chunk_size is {chunk_size}; at least 1")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; at least 1")
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
     if cu_seqlens is not None and _runs_alone(backend, cu_seqlens, initial_state, return_final_state):
         f = partial(gated_delta, scale=scale, chunk_size=chunk_size, backend=backend)
         return _each_sequence(f, (q, k, v, g, beta), cu_seqlens, initial_state, return_final_state)
     dtype, (b, t, h, p), n = _compute_dtype(v), v.shape, q.shape[-1]
-    if scale is None: scale = n ** -0.5
+    if scale is None:
+        scale = n**-0.5
     with torch.autocast(v.device.type, enabled=False):
-        if not t: y, state = v, v.new_zeros(b, h, n, p, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        elif backend == "fla": return _once(backend, _gated_delta_fla(q, k, v, g, beta, scale, initial_state, return_final_state, cu_seqlens))
+        if not t:
+            y, state = v, v.new_zeros(b, h, n, p, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+        elif backend == "fla":
+            return _once(
+                backend, _gated_delta_fla(q, k, v, g, beta, scale, initial_state, return_final_state, cu_seqlens)
+            )
         else:
             args = q, k, v, g, beta, initial_state
-            if _transformed(*args): y, state = gated_delta_minimal(*args[:5], chunk_size=chunk_size, initial_state=initial_state)
-            else: y, state, *_ = _gated_delta_chunks(*args, chunk_size or 0, _needs_grad(*args))
+            if _transformed(*args):
+                y, state = gated_delta_minimal(*args[:5], chunk_size=chunk_size, initial_state=initial_state)
+            else:
+                y, state, *_ = _gated_delta_chunks(*args, chunk_size or 0, _needs_grad(*args))
             y = (y * scale).to(v.dtype)
     return (y, state) if return_final_state else y

@@ -21,19 +21,48 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from huggingface_hub.dataclasses import strict
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM,
-    AutoProcessor, AutoTokenizer, GenerationMixin, PreTrainedConfig,
-    Glm4vImageProcessorPil, GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil,
-    Qwen3Config, Qwen3ForCausalLM, Qwen3Model,
-    Glm4vConfig, Glm4vForConditionalGeneration, Glm4vModel, Glm4vTextConfig, Glm4vTextModel,
-    InternVLConfig, InternVLForConditionalGeneration, InternVLModel,
-    Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLTextConfig, Qwen3VLTextModel)
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    Glm4vImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vModel,
+    Glm4vTextConfig,
+    Glm4vTextModel,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
+)
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.import_utils import is_tracing
-from .minicpm import (MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Model, MiniCPMVImageProcessor,
-    register_public_names)
+from heed_nb.minicpm import (
+    MiniCPMV45Config,
+    MiniCPMV45ForConditionalGeneration,
+    MiniCPMV45Model,
+    MiniCPMVImageProcessor,
+    register_public_names,
+)
 from .mixers import MIXERS, has_holes
 from .ssd import _check_sequences
 from .teachers import check_tensors, family_class, family_of
@@ -41,58 +70,84 @@ from .teachers import check_tensors, family_class, family_of
 # %% ../nbs/28_hybrid.ipynb #c006
 LAYER_TYPES = ("linear_attention", "full_attention")
 
+
 @dataclass(kw_only=True)
 class HybridTextConfig:
     "Mixin before a family's text config. Raises ValueError on an unknown layer type, mixer, init, field or value, and where no layer keeps attention."
-    layer_types: list[str] | None = None   # None: attention in the last of every four
-    mixer: str = "mamba2"                  # a name in MIXERS
-    mixer_init: str = "paper"              # an init of that mixer
-    mixer_config: dict | None = None       # fields of that mixer; the others take the init's defaults
-    has_qk_norm: ClassVar[bool] = True     # whether the family's attention normalises queries and keys
+
+    layer_types: list[str] | None = None  # None: attention in the last of every four
+    mixer: str = "mamba2"  # a name in MIXERS
+    mixer_init: str = "paper"  # an init of that mixer
+    mixer_config: dict | None = None  # fields of that mixer; the others take the init's defaults
+    has_qk_norm: ClassVar[bool] = True  # whether the family's attention normalises queries and keys
 
     def __post_init__(self, **kwargs):
-        if self.mixer not in MIXERS: raise ValueError(f"unknown mixer {self.mixer!r}; one of {', '.join(MIXERS)}")
+        if self.mixer not in MIXERS:
+            raise ValueError(f"unknown mixer {self.mixer!r}; one of {', '.join(MIXERS)}")
         n, given = self.num_hidden_layers, self.mixer_config or {}
-        if self.layer_types is None: self.layer_types = [LAYER_TYPES[i % 4 == 3] for i in range(n)]
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPES[i % 4 == 3] for i in range(n)]
         for kind in self.layer_types:
-            if kind not in LAYER_TYPES: raise ValueError(f"unknown layer type {kind!r}; one of {', '.join(LAYER_TYPES)}")
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"unknown layer type {kind!r}; one of {', '.join(LAYER_TYPES)}")
         if "full_attention" not in self.layer_types:
-            raise ValueError(f"none of the {n} layers keeps attention, which the default gives the last of every four; name one in layer_types")
-        if len(self.layer_types) != n: raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {n}")
+            raise ValueError(
+                f"none of the {n} layers keeps attention, which the default gives the last of every four; name one in layer_types"
+            )
+        if len(self.layer_types) != n:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {n}")
         fields = asdict(MIXERS[self.mixer].config_class.for_init(self.mixer_init, **given))
         if not self.has_qk_norm:
-            if given.get("qk_norm"): raise ValueError(f"qk_norm is True, but the attention of {self.model_type} has no q_norm and k_norm to keep")
+            if given.get("qk_norm"):
+                raise ValueError(
+                    f"qk_norm is True, but the attention of {self.model_type} has no q_norm and k_norm to keep"
+                )
             fields["qk_norm"] = False
         self.mixer_config = fields
         super().__post_init__(**kwargs)
 
 # %% ../nbs/28_hybrid.ipynb #c008
 def padding_mask(
-    attention_mask: Tensor | None,  # [B, past + length], or [B, 1, length, past + length]: bool, or what is added to the scores
-    length: int                     # of this call
-) -> Tensor | None:                 # [B, length], 0 at padding; None where nothing is padded
+    attention_mask: Tensor
+    | None,  # [B, past + length], or [B, 1, length, past + length]: bool, or what is added to the scores
+    length: int,  # of this call
+) -> Tensor | None:  # [B, length], 0 at padding; None where nothing is padded
     "The part of a padding mask that a recurrence needs. Raises ValueError on a 4-D mask that is not causal but for padding."
-    if attention_mask is None: return None
-    if attention_mask.ndim == 2: mask = attention_mask[:, attention_mask.shape[1] - length:]
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim == 2:
+        mask = attention_mask[:, attention_mask.shape[1] - length :]
     else:
-        seen = (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)[..., attention_mask.shape[-1] - length:]
+        seen = (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)[
+            ..., attention_mask.shape[-1] - length :
+        ]
         mask = seen[:, 0].diagonal(dim1=-2, dim2=-1)  # padding does not see itself
         causal = mask[:, None, None] & torch.ones_like(seen[0, 0]).tril()
         if not is_tracing(mask) and not bool((seen == causal)[mask[:, None].expand(seen.shape[:3])].all()):
-            raise ValueError("a 4-D attention mask is causal but for padding where mixers replace attention; packed sequences come with position_ids that restart and no mask")
+            raise ValueError(
+                "a 4-D attention mask is causal but for padding where mixers replace attention; packed sequences come with position_ids that restart and no mask"
+            )
     return None if not is_tracing(mask) and bool(mask.all()) else mask
 
+
 def packed_sequences(
-    position_ids: Tensor | None,  # [B, T], or [4, B, T] with the text's positions first; [3, B, T], the axes of images alone, tell nothing
-    cu_seq_lens: Tensor | None,   # [S + 1], ends of the sequences, counted through all rows, where they are known
-    inputs_embeds: Tensor         # [B, T, D]
-) -> tuple[Tensor | None, Tensor | None]:  # positions from which attention tells the sequences apart, their ends; None where no row holds several
+    position_ids: Tensor
+    | None,  # [B, T], or [4, B, T] with the text's positions first; [3, B, T], the axes of images alone, tell nothing
+    cu_seq_lens: Tensor | None,  # [S + 1], ends of the sequences, counted through all rows, where they are known
+    inputs_embeds: Tensor,  # [B, T, D]
+) -> tuple[
+    Tensor | None, Tensor | None
+]:  # positions from which attention tells the sequences apart, their ends; None where no row holds several
     "Sequences packed in a row, whose positions start anew. Raises ValueError on ends that do not fit."
     (b, t), device = inputs_embeds.shape[:2], inputs_embeds.device
     if cu_seq_lens is None:
-        if position_ids is None or position_ids.ndim == 3 and len(position_ids) < 4: return position_ids, None
-        sequence = find_packed_sequence_indices((position_ids[0] if position_ids.ndim == 3 else position_ids).expand(b, -1))
-        if sequence is None: return position_ids, None
+        if position_ids is None or position_ids.ndim == 3 and len(position_ids) < 4:
+            return position_ids, None
+        sequence = find_packed_sequence_indices(
+            (position_ids[0] if position_ids.ndim == 3 else position_ids).expand(b, -1)
+        )
+        if sequence is None:
+            return position_ids, None
         starts = sequence.diff(prepend=sequence[:, :1] - 1).flatten().nonzero().flatten()
         return position_ids, nn.functional.pad(starts, (0, 1), value=b * t)
     _check_sequences(cu_seq_lens, 1, b * t)
@@ -103,49 +158,82 @@ def packed_sequences(
 # %% ../nbs/28_hybrid.ipynb #c009
 class Hybrid:
     "Mixin before a family's classes: what generation and loading must know of mixers."
+
     _is_stateful = True  # no rolling back of the cache, so no assisted generation
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         "The library's, which starts a missing tensor at random: raises ValueError on one, unless `output_loading_info` asks for the list."
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if output_loading_info: return model, report
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if output_loading_info:
+            return model, report
         check_tensors(report["missing_keys"], pretrained_model_name_or_path)
         return model
 
+
 class HybridTextModel(Hybrid):
     "Mixin before a family's text model: puts mixers where `layer_types` says so and tells them what is padding and where packed sequences end."
-    _keep_in_fp32_modules_strict = [f"self_attn.{name}" for mixer in MIXERS.values() for name in mixer.float32_parameters]
+
+    _keep_in_fp32_modules_strict = [
+        f"self_attn.{name}" for mixer in MIXERS.values() for name in mixer.float32_parameters
+    ]
 
     def __init__(self, config):
         super().__init__(config)
         for i, layer in enumerate(self.layers):
-            if config.layer_types[i] == "linear_attention": layer.self_attn = MIXERS[config.mixer](config, i)
+            if config.layer_types[i] == "linear_attention":
+                layer.self_attn = MIXERS[config.mixer](config, i)
         self.post_init()
 
     def _init_weights(self, module):
-        if not isinstance(module, tuple(MIXERS.values())): return super()._init_weights(module)
+        if not isinstance(module, tuple(MIXERS.values())):
+            return super()._init_weights(module)
         loaded = [(p, p.detach().clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
         module.init_new(self.config.mixer_init)
         with torch.no_grad():
-            for p, value in loaded: p.copy_(value)
+            for p, value in loaded:
+                p.copy_(value)
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, cu_seq_lens_q=None, **kwargs):
-        if inputs_embeds is None: input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        cu_seq_lens_q=None,
+        **kwargs,
+    ):
+        if inputs_embeds is None:
+            input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
         mask = cu_seqlens = None
         if isinstance(attention_mask, dict):  # generate makes one mask a layer type for a static cache
             mask, attention_mask = attention_mask.get("linear_attention"), attention_mask["full_attention"]
-        elif cu_seq_lens_q is not None or "linear_attention" in self.config.layer_types: mask = padding_mask(attention_mask, inputs_embeds.shape[1])
+        elif cu_seq_lens_q is not None or "linear_attention" in self.config.layer_types:
+            mask = padding_mask(attention_mask, inputs_embeds.shape[1])
         if cu_seq_lens_q is not None:
-            if mask is not None or past_key_values is not None: raise ValueError("packed sequences (cu_seq_lens_q) come without padding and without a cache")
+            if mask is not None or past_key_values is not None:
+                raise ValueError("packed sequences (cu_seq_lens_q) come without padding and without a cache")
             attention_mask, kwargs["cu_seq_lens_q"] = None, cu_seq_lens_q
         if attention_mask is None and past_key_values is None:  # where the library looks for packed sequences
             position_ids, cu_seqlens = packed_sequences(position_ids, cu_seq_lens_q, inputs_embeds)
-            if cu_seqlens is not None: kwargs["use_cache"] = False
+            if cu_seqlens is not None:
+                kwargs["use_cache"] = False
         position_ids = self.decoder_positions(position_ids)
         attention_mask = self.decoder_mask(attention_mask, inputs_embeds, past_key_values, position_ids)
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
-                               linear_attention_mask=mask, padding_holes=mask is not None and has_holes(mask), cu_seqlens=cu_seqlens, **kwargs)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            linear_attention_mask=mask,
+            padding_holes=mask is not None and has_holes(mask),
+            cu_seqlens=cu_seqlens,
+            **kwargs,
+        )
 
     def decoder_positions(self, position_ids):
         "The positions as the family's text model takes them."
@@ -155,30 +243,36 @@ class HybridTextModel(Hybrid):
         "The mask as the family's text model takes it."
         return attention_mask
 
+
 class HybridModel(Hybrid):
     "Mixin before a family's composite classes: their text model is the one of the hybrid's text config."
+
     def __init__(self, config):
         super().__init__(config)
-        if isinstance(self.base_model.language_model, HybridTextModel): return
+        if isinstance(self.base_model.language_model, HybridTextModel):
+            return
         self.base_model.language_model = AutoModel.from_config(config.text_config)
-        for model in (self.base_model, self): model.post_init()
+        for model in (self.base_model, self):
+            model.post_init()
 
 # %% ../nbs/28_hybrid.ipynb #c010
 HYBRIDS = {}  # a teacher's model_type -> its hybrid
 
+
 def register_hybrid(
-    teacher: str,    # the teacher's model_type
-    text_model,      # the hybrid's three classes; each has its config in `config_class`
+    teacher: str,  # the teacher's model_type
+    text_model,  # the hybrid's three classes; each has its config in `config_class`
     model,
     conditional,
-    image_processor, # the teacher's, that does without torchvision
+    image_processor,  # the teacher's, that does without torchvision
 ) -> None:
     "Makes a family's hybrid known to `to_hybrid` and the Auto classes."
     for cls in (text_model, model):
         AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
         AutoModel.register(cls.config_class, cls, exist_ok=True)
     config, stock = conditional.config_class, CONFIG_MAPPING[teacher]
-    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM): auto.register(config, conditional, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(config, conditional, exist_ok=True)
     AutoTokenizer.register(config, tokenizer_class=TOKENIZER_MAPPING[stock], exist_ok=True)
     AutoImageProcessor.register(config, image_processor_classes={"pil": image_processor}, exist_ok=True)
     AutoProcessor.register(config, family_class(config.model_type).processor_class, exist_ok=True)
@@ -188,95 +282,138 @@ def register_hybrid(
 @strict
 class HybridQwen3VLTextConfig(HybridTextConfig, Qwen3VLTextConfig):
     "Config of Qwen3-VL's hybrid decoder."
+
     model_type = "hybrid_qwen3_vl_text"
+
 
 @strict
 class HybridQwen3VLConfig(Qwen3VLConfig):
     "Config of the hybrid Qwen3-VL."
+
     model_type = "hybrid_qwen3_vl"
     sub_configs_defaults = Qwen3VLConfig.sub_configs_defaults | {"text_config": HybridQwen3VLTextConfig}
 
+
 class HybridQwen3VLTextModel(HybridTextModel, Qwen3VLTextModel):
     "Qwen3-VL's decoder with mixers."
+
     config: HybridQwen3VLTextConfig
+
 
 class HybridQwen3VLModel(HybridModel, Qwen3VLModel):
     "Qwen3-VL's tower and hybrid decoder, without the head."
+
     config: HybridQwen3VLConfig
+
 
 class HybridQwen3VLForConditionalGeneration(HybridModel, Qwen3VLForConditionalGeneration):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
+
     config: HybridQwen3VLConfig
 
-register_hybrid("qwen3_vl", HybridQwen3VLTextModel, HybridQwen3VLModel, HybridQwen3VLForConditionalGeneration, Qwen2VLImageProcessorPil)
+
+register_hybrid(
+    "qwen3_vl",
+    HybridQwen3VLTextModel,
+    HybridQwen3VLModel,
+    HybridQwen3VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
 
 # %% ../nbs/28_hybrid.ipynb #c013
 @strict
 class HybridQwen3Config(HybridTextConfig, Qwen3Config):
     "Config of a hybrid Qwen3, the decoder of InternVL and MiniCPM-V."
+
     model_type = "hybrid_qwen3"
+
 
 @strict
 class HybridInternVLConfig(InternVLConfig):
     "Config of the hybrid InternVL."
+
     model_type = "hybrid_internvl"
     sub_configs_defaults = InternVLConfig.sub_configs_defaults | {"text_config": HybridQwen3Config}
 
+
 class HybridQwen3Model(HybridTextModel, Qwen3Model):
     "Qwen3 with mixers, without the head."
+
     config: HybridQwen3Config
 
     def decoder_mask(self, attention_mask, inputs_embeds, past_key_values, position_ids):
         causal = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         return {"full_attention": causal, "linear_attention": None}
 
+
 class HybridInternVLModel(HybridModel, InternVLModel):
     "InternVL's tower and hybrid decoder, without the head."
+
     config: HybridInternVLConfig
+
 
 class HybridInternVLForConditionalGeneration(HybridModel, InternVLForConditionalGeneration):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
+
     config: HybridInternVLConfig
 
-register_hybrid("internvl", HybridQwen3Model, HybridInternVLModel, HybridInternVLForConditionalGeneration, GotOcr2ImageProcessorPil)
+
+register_hybrid(
+    "internvl", HybridQwen3Model, HybridInternVLModel, HybridInternVLForConditionalGeneration, GotOcr2ImageProcessorPil
+)
 
 # %% ../nbs/28_hybrid.ipynb #c014
 @strict
 class HybridGlm4vTextConfig(HybridTextConfig, Glm4vTextConfig):
     "Config of GLM's hybrid decoder."
+
     model_type = "hybrid_glm4v_text"
-    attention_bias: bool = True           # of q_proj, k_proj, v_proj
-    attention_output_bias: bool = False   # of o_proj
+    attention_bias: bool = True  # of q_proj, k_proj, v_proj
+    attention_output_bias: bool = False  # of o_proj
     has_qk_norm = False
+
 
 @strict
 class HybridGlm4vConfig(Glm4vConfig):
     "Config of the hybrid GLM."
+
     model_type = "hybrid_glm4v"
     sub_configs_defaults = Glm4vConfig.sub_configs_defaults | {"text_config": HybridGlm4vTextConfig}
 
+
 class HybridGlm4vTextModel(HybridTextModel, Glm4vTextModel):
     "GLM's decoder with mixers."
+
     config: HybridGlm4vTextConfig
 
     def decoder_positions(self, position_ids):
         "With the text's row, without which GLM's attention can't tell packed sequences apart."
         return position_ids if position_ids is None or position_ids.ndim == 3 else position_ids.expand(4, -1, -1)
 
+
 class HybridGlm4vModel(HybridModel, Glm4vModel):
     "GLM's tower and hybrid decoder, without the head."
+
     config: HybridGlm4vConfig
+
 
 class HybridGlm4vForConditionalGeneration(HybridModel, Glm4vForConditionalGeneration):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
-    config: HybridGlm4vConfig
-    _expand_multimodal_outputs = GenerationMixin._expand_multimodal_outputs  # GLM's own gives the beams of a prompt its images out of order
 
-register_hybrid("glm4v", HybridGlm4vTextModel, HybridGlm4vModel, HybridGlm4vForConditionalGeneration, Glm4vImageProcessorPil)
+    config: HybridGlm4vConfig
+    _expand_multimodal_outputs = (
+        GenerationMixin._expand_multimodal_outputs
+    )  # GLM's own gives the beams of a prompt its images out of order
+
+
+register_hybrid(
+    "glm4v", HybridGlm4vTextModel, HybridGlm4vModel, HybridGlm4vForConditionalGeneration, Glm4vImageProcessorPil
+)
 
 # %% ../nbs/28_hybrid.ipynb #c015
 class HybridQwen3ForCausalLM(Hybrid, Qwen3ForCausalLM):
     "The hybrid Qwen3 with its head, on its own."
+
     config: HybridQwen3Config
 
     def __init__(self, config):
@@ -284,59 +421,100 @@ class HybridQwen3ForCausalLM(Hybrid, Qwen3ForCausalLM):
         self.model = HybridQwen3Model(config)
         self.post_init()
 
+
 @strict
 class HybridMiniCPMV45Config(MiniCPMV45Config):
     "Config of the hybrid MiniCPM-V."
+
     model_type = "hybrid_minicpmv"
     sub_configs_defaults = MiniCPMV45Config.sub_configs_defaults | {"text_config": HybridQwen3Config}
 
+
 class HybridMiniCPMV45Model(HybridModel, MiniCPMV45Model):
     "MiniCPM-V's tower, resampler and hybrid decoder, without the head."
+
     config: HybridMiniCPMV45Config
+
 
 class HybridMiniCPMV45ForConditionalGeneration(HybridModel, MiniCPMV45ForConditionalGeneration):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
+
     config: HybridMiniCPMV45Config
+
 
 AutoModelForCausalLM.register(HybridQwen3Config, HybridQwen3ForCausalLM, exist_ok=True)
 AutoTokenizer.register(HybridQwen3Config, tokenizer_class=TOKENIZER_MAPPING[Qwen3Config], exist_ok=True)
 register_public_names(HybridMiniCPMV45Config.model_type)
-register_hybrid("minicpmv", HybridQwen3Model, HybridMiniCPMV45Model, HybridMiniCPMV45ForConditionalGeneration, MiniCPMVImageProcessor)
+register_hybrid(
+    "minicpmv",
+    HybridQwen3Model,
+    HybridMiniCPMV45Model,
+    HybridMiniCPMV45ForConditionalGeneration,
+    MiniCPMVImageProcessor,
+)
 
 # %% ../nbs/28_hybrid.ipynb #c017
 def kept_layers(
-    layers: int,                             # num_hidden_layers
-    attention_layers: str | list[int] | None # None or "last": the last of every four; "first"; or indices
+    layers: int,  # num_hidden_layers
+    attention_layers: str | list[int] | None,  # None or "last": the last of every four; "first"; or indices
 ) -> list[int]:
     "Indices of the layers that keep attention; all of them make a hybrid that computes its teacher. Raises ValueError if the 3:1 ratio does not fit or an index is out of place."
     if attention_layers in (None, "last", "first"):
-        if layers < 4 or layers % 4: raise ValueError(f"{layers} layers can't be split 3:1; a multiple of 4 can, or give attention_layers as a list")
+        if layers < 4 or layers % 4:
+            raise ValueError(
+                f"{layers} layers can't be split 3:1; a multiple of 4 can, or give attention_layers as a list"
+            )
         return list(range(0 if attention_layers == "first" else 3, layers, 4))
-    if not isinstance(attention_layers, (list, tuple)): raise ValueError(f"attention_layers is {attention_layers!r}; 'last', 'first' or a list of indices")
+    if not isinstance(attention_layers, (list, tuple)):
+        raise ValueError(f"attention_layers is {attention_layers!r}; 'last', 'first' or a list of indices")
     kept = sorted(set(attention_layers))
     if not kept or len(kept) != len(attention_layers) or not set(kept) <= set(range(layers)):
-        raise ValueError(f"attention_layers is {list(attention_layers)}; one or more different indices from 0 to {layers - 1}")
+        raise ValueError(
+            f"attention_layers is {list(attention_layers)}; one or more different indices from 0 to {layers - 1}"
+        )
     return kept
+
 
 def check_source(
     teacher,
     student,  # its hybrid, on meta
-) -> dict:    # parameters and buffers of the teacher by name
+) -> dict:  # parameters and buffers of the teacher by name
     "What the hybrid is made from. Raises ValueError where the teacher is wrapped or its tensors are not whole: compiled, with adapters, offloaded, quantised."
-    if any(isinstance(module, OptimizedModule) for module in teacher.modules()): raise ValueError("the teacher is compiled; convert first, then compile the hybrid")
-    ours, theirs = ({**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))} for model in (student, teacher))
-    own = {f"{prefix}.{name}" for prefix, mixer in _mixers(student).items() for name, _ in mixer.named_parameters() if name.split(".")[0] not in mixer.transferred}
+    if any(isinstance(module, OptimizedModule) for module in teacher.modules()):
+        raise ValueError("the teacher is compiled; convert first, then compile the hybrid")
+    ours, theirs = (
+        {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        for model in (student, teacher)
+    )
+    own = {
+        f"{prefix}.{name}"
+        for prefix, mixer in _mixers(student).items()
+        for name, _ in mixer.named_parameters()
+        if name.split(".")[0] not in mixer.transferred
+    }
     left = {f"{prefix}.{norm}.weight" for prefix in _mixers(student) for norm in ("q_norm", "k_norm")}
     for name in sorted((ours.keys() - theirs.keys() - own) | (theirs.keys() - ours.keys() - left)):
-        raise ValueError(f"the teacher {'has' if name in theirs else 'lacks'} {name}, unlike its class; take off its wrapper, merge or unload its adapters")
+        raise ValueError(
+            f"the teacher {'has' if name in theirs else 'lacks'} {name}, unlike its class; take off its wrapper, merge or unload its adapters"
+        )
     for name, x in theirs.items():
-        if x.is_meta: raise ValueError(f"the teacher's {name} is on meta, offloaded or not loaded; load it whole on one device")
+        if x.is_meta:
+            raise ValueError(f"the teacher's {name} is on meta, offloaded or not loaded; load it whole on one device")
         fits = name not in ours or x.shape == ours[name].shape
-        if type(x) not in (Tensor, nn.Parameter) or not fits or isinstance(x, nn.Parameter) and not x.is_floating_point():
-            raise ValueError(f"the teacher's {name} is a {type(x).__name__} of {x.dtype} and shape {list(x.shape)}; load it whole and unquantised")
+        if (
+            type(x) not in (Tensor, nn.Parameter)
+            or not fits
+            or isinstance(x, nn.Parameter)
+            and not x.is_floating_point()
+        ):
+            raise ValueError(
+                f"the teacher's {name} is a {type(x).__name__} of {x.dtype} and shape {list(x.shape)}; load it whole and unquantised"
+            )
     devices = sorted({str(x.device) for x in theirs.values()})
-    if len(devices) > 1: raise ValueError(f"the teacher lies on {', '.join(devices)}; load it whole on one device")
+    if len(devices) > 1:
+        raise ValueError(f"the teacher lies on {', '.join(devices)}; load it whole on one device")
     return theirs
+
 
 def _assign(model, name, tensor):
     "Makes `tensor` the model's parameter or buffer of that name."
@@ -346,115 +524,161 @@ def _assign(model, name, tensor):
 
 # %% ../nbs/28_hybrid.ipynb #c018
 def hybrid_config(
-    config: PreTrainedConfig,                         # of a teacher of a supported family
+    config: PreTrainedConfig,  # of a teacher of a supported family
     *,
-    mixer: str = "mamba2",                            # a name in MIXERS
-    attention_layers: str | list[int] | None = None,  # which layers keep attention: the last of every four, "first", or indices
-    init: str = "paper",                              # how the mixers' own parameters start
-    **mixer_fields                                    # fields of the mixer's config, over the init's defaults
+    mixer: str = "mamba2",  # a name in MIXERS
+    attention_layers: str
+    | list[int]
+    | None = None,  # which layers keep attention: the last of every four, "first", or indices
+    init: str = "paper",  # how the mixers' own parameters start
+    **mixer_fields,  # fields of the mixer's config, over the init's defaults
 ) -> PreTrainedConfig:
     "The config of the teacher's hybrid. Raises ValueError on an unsupported teacher, mixer, init, field, or a layer count the ratio can't take."
-    if config.model_type not in HYBRIDS: raise ValueError(f"unsupported teacher {config.model_type!r}; one of {', '.join(HYBRIDS)}")
+    if config.model_type not in HYBRIDS:
+        raise ValueError(f"unsupported teacher {config.model_type!r}; one of {', '.join(HYBRIDS)}")
     family_of(config)
     other = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
-    if other: raise ValueError(f"unsupported teacher with layers of {', '.join(sorted(other))}; only full_attention")
+    if other:
+        raise ValueError(f"unsupported teacher with layers of {', '.join(sorted(other))}; only full_attention")
     layers = config.text_config.num_hidden_layers
     kept = kept_layers(layers, attention_layers)
     cls = HYBRIDS[config.model_type].config_class
     fields, text = config.to_dict() | {"model_type": cls.model_type}, cls.sub_configs_defaults["text_config"].model_type
     fields.pop("architectures", None)
-    fields["text_config"] |= dict(model_type=text, layer_types=[LAYER_TYPES[i in kept] for i in range(layers)], mixer=mixer, mixer_init=init, mixer_config=mixer_fields)
+    fields["text_config"] |= dict(
+        model_type=text,
+        layer_types=[LAYER_TYPES[i in kept] for i in range(layers)],
+        mixer=mixer,
+        mixer_init=init,
+        mixer_config=mixer_fields,
+    )
     return cls(**fields)
 
+
 def to_hybrid(
-    teacher,                                          # a transformers model of a supported family; stays as it was
+    teacher,  # a transformers model of a supported family; stays as it was
     *,
-    mixer: str = "mamba2",                            # as for `hybrid_config`
+    mixer: str = "mamba2",  # as for `hybrid_config`
     attention_layers: str | list[int] | None = None,
     init: str = "paper",
-    weight_transfer: bool = True,                     # False: what the mixers would inherit starts at random too
-    seed: int = 0,                                    # of the start; the global random state is left alone
-    **mixer_fields
-):                                                    # a hybrid of the teacher's family, dtype and device
+    weight_transfer: bool = True,  # False: what the mixers would inherit starts at random too
+    seed: int = 0,  # of the start; the global random state is left alone
+    **mixer_fields,
+):  # a hybrid of the teacher's family, dtype and device
     "The teacher's hybrid by weight transfer. Raises ValueError as `hybrid_config` and `check_source` do."
-    if not isinstance(getattr(teacher, "config", None), PreTrainedConfig): raise ValueError(f"unsupported teacher {type(teacher).__name__!r}; one of {', '.join(HYBRIDS)}")
+    if not isinstance(getattr(teacher, "config", None), PreTrainedConfig):
+        raise ValueError(f"unsupported teacher {type(teacher).__name__!r}; one of {', '.join(HYBRIDS)}")
     config = hybrid_config(teacher.config, mixer=mixer, attention_layers=attention_layers, init=init, **mixer_fields)
-    implementation = {"": teacher.config._attn_implementation, **{name: getattr(teacher.config, name)._attn_implementation for name in teacher.config.sub_configs}}
+    implementation = {
+        "": teacher.config._attn_implementation,
+        **{name: getattr(teacher.config, name)._attn_implementation for name in teacher.config.sub_configs},
+    }
     with torch.device("meta"):
-        student = HYBRIDS[teacher.config.model_type]._from_config(config, dtype=teacher.dtype, attn_implementation=implementation)
+        student = HYBRIDS[teacher.config.model_type]._from_config(
+            config, dtype=teacher.dtype, attn_implementation=implementation
+        )
 
     source = check_source(teacher, student)
-    for name, buffer in student.named_buffers(remove_duplicate=False): _assign(student, name, source[name].clone())
+    for name, buffer in student.named_buffers(remove_duplicate=False):
+        _assign(student, name, source[name].clone())
     for name, p in list(student.named_parameters(remove_duplicate=False)):
-        if name in source: value = source[name].detach().clone()
+        if name in source:
+            value = source[name].detach().clone()
         else:
             neighbour = source[name.rpartition("self_attn.")[0] + "self_attn.q_proj.weight"]
-            value = torch.empty(p.shape, device=neighbour.device, dtype=torch.float32 if _in_float32(name) else neighbour.dtype)
+            value = torch.empty(
+                p.shape, device=neighbour.device, dtype=torch.float32 if _in_float32(name) else neighbour.dtype
+            )
         _assign(student, name, nn.Parameter(value))
     student.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     for module in _mixers(student).values():
         module.init_new(init, generator)
-        if not weight_transfer: module.init_transferred(generator)
+        if not weight_transfer:
+            module.init_transferred(generator)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.train(teacher.training)
 
-def _in_float32(name): return any(name.endswith(key) for key in HybridTextModel._keep_in_fp32_modules_strict)
 
-def _mixers(student) -> dict: return {name: m for name, m in student.named_modules() if isinstance(m, tuple(MIXERS.values()))}
+def _in_float32(name):
+    return any(name.endswith(key) for key in HybridTextModel._keep_in_fp32_modules_strict)
+
+
+def _mixers(student) -> dict:
+    return {name: m for name, m in student.named_modules() if isinstance(m, tuple(MIXERS.values()))}
 
 # %% ../nbs/28_hybrid.ipynb #c019
-def mixer_parameters(
-    student
-) -> dict[str, nn.Parameter]:  # by full name, as in the state dict
+def mixer_parameters(student) -> dict[str, nn.Parameter]:  # by full name, as in the state dict
     "Every parameter of the mixers: what distillation trains."
     return {f"{prefix}.{name}": p for prefix, mixer in _mixers(student).items() for name, p in mixer.named_parameters()}
 
-def transferred_parameters(
-    student
-) -> list[str]:
+
+def transferred_parameters(student) -> list[str]:
     "Names among `mixer_parameters` that came from the teacher's attention: frozen in stage 1."
-    return [f"{prefix}.{name}" for prefix, mixer in _mixers(student).items() for name, _ in mixer.named_parameters()
-            if name.split(".")[0] in mixer.transferred]
+    return [
+        f"{prefix}.{name}"
+        for prefix, mixer in _mixers(student).items()
+        for name, _ in mixer.named_parameters()
+        if name.split(".")[0] in mixer.transferred
+    ]
 
 # %% ../nbs/28_hybrid.ipynb #c028
 def pair_with_teacher(
     student,  # of `to_hybrid`, or loaded
-    teacher   # the model it came from; its parameters are frozen
-):            # the student
+    teacher,  # the model it came from; its parameters are frozen
+):  # the student
     "Puts the teacher's attention into the replaced layers and makes all other parameters the teacher's own tensors. Raises ValueError naming the first that differs."
     mixers = mixer_parameters(student)
     source = dict(teacher.named_parameters(remove_duplicate=False))
-    own = {name: p for name, p in student.named_parameters(remove_duplicate=False) if name not in mixers and ".teacher_attn." not in name}
+    own = {
+        name: p
+        for name, p in student.named_parameters(remove_duplicate=False)
+        if name not in mixers and ".teacher_attn." not in name
+    }
     for name, p in own.items():
-        if name not in source: raise ValueError(f"the teacher has no tensor {name}")
+        if name not in source:
+            raise ValueError(f"the teacher has no tensor {name}")
         q = source[name]
-        if p.dtype != q.dtype or p.shape != q.shape or p.device != q.device or not torch.equal(p, q): raise ValueError(f"{name} differs from the teacher's")
+        if p.dtype != q.dtype or p.shape != q.shape or p.device != q.device or not torch.equal(p, q):
+            raise ValueError(f"{name} differs from the teacher's")
     teacher.requires_grad_(False)
-    for name in own: _assign(student, name, source[name])
+    for name in own:
+        _assign(student, name, source[name])
     for name, mixer in _mixers(student).items():
         student.get_submodule(name.rpartition(".")[0]).teacher_attn = teacher.get_submodule(name)
-    student._keys_to_ignore_on_save = set(student._keys_to_ignore_on_save or ()) | {name for name in student.state_dict() if ".teacher_attn." in name}
+    student._keys_to_ignore_on_save = set(student._keys_to_ignore_on_save or ()) | {
+        name for name in student.state_dict() if ".teacher_attn." in name
+    }
     return student
 
-def _paired_layers(student): return [layer for layer in family_of(student).layers(student) if hasattr(layer, "teacher_attn")]
+
+def _paired_layers(student):
+    return [layer for layer in family_of(student).layers(student) if hasattr(layer, "teacher_attn")]
+
 
 @contextmanager
 def teacher_path(student):
     "Inside, a paired student computes its teacher; outside it is the student. Raises ValueError if it has no teacher."
     layers, config = _paired_layers(student), student.config.get_text_config()
-    if not layers: raise ValueError("the student has no teacher; pair_with_teacher gives it one")
+    if not layers:
+        raise ValueError("the student has no teacher; pair_with_teacher gives it one")
     attention, types = [layer.self_attn for layer in layers], config.layer_types
     try:
-        for layer in layers: layer.self_attn = layer.teacher_attn
+        for layer in layers:
+            layer.self_attn = layer.teacher_attn
         config.layer_types = ["full_attention"] * len(types)  # from these come caches and generation's masks
         yield student
     finally:
-        for layer, module in zip(layers, attention): layer.self_attn = module
+        for layer, module in zip(layers, attention):
+            layer.self_attn = module
         config.layer_types = types
+
 
 def unpair(student):
     "Takes the teacher's attention out again, so that a saved student carries no teacher."
-    for layer in _paired_layers(student): del layer.teacher_attn
-    student._keys_to_ignore_on_save = {name for name in student._keys_to_ignore_on_save or () if ".teacher_attn." not in name}
+    for layer in _paired_layers(student):
+        del layer.teacher_attn
+    student._keys_to_ignore_on_save = {
+        name for name in student._keys_to_ignore_on_save or () if ".teacher_attn." not in name
+    }
     return student

@@ -33,7 +33,7 @@ class HeedVLM(lmms):
 
     def __init__(
         self,
-        pretrained: str,          # a folder with a model and its processor
+        pretrained: str,  # a folder with a model and its processor
         device: str = "cpu",
         dtype: str = "float32",
         batch_size: int = 64,
@@ -46,10 +46,12 @@ class HeedVLM(lmms):
 
     def generate_until(
         self,
-        requests: list[Instance],   # arguments: prompt, doc_to_messages, generation settings, document, task, split
-    ) -> list[str]:                 # in the order of the requests
+        requests: list[Instance],  # arguments: prompt, doc_to_messages, generation settings, document, task, split
+    ) -> list[str]:  # in the order of the requests
         "The greedy answer to each request."
-        def new_tokens(i): return requests[i].args[2].get("max_new_tokens", 128)
+
+        def new_tokens(i):
+            return requests[i].args[2].get("max_new_tokens", 128)
 
         answers = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (new_tokens(i), len(requests[i].args[0])), reverse=True)
@@ -57,9 +59,10 @@ class HeedVLM(lmms):
             for limit, group in groupby(order, new_tokens):
                 group = list(group)
                 for start in range(0, len(group), self.batch_size):
-                    batch = group[start:start + self.batch_size]
+                    batch = group[start : start + self.batch_size]
                     for i, text in zip(batch, self.texts([self.messages(requests[i]) for i in batch], limit)):
-                        for stop in stop_strings(requests[i].args[2]): text = text.split(stop)[0]
+                        for stop in stop_strings(requests[i].args[2]):
+                            text = text.split(stop)[0]
                         answers[i] = text
                     bar.update(len(batch))
         return answers
@@ -81,7 +84,7 @@ class HeedVLM(lmms):
 
 
 def stop_strings(
-    settings: dict,   # a task's generation_kwargs
+    settings: dict,  # a task's generation_kwargs
 ) -> list[str]:
     "The task's own stop strings, without the harness' default."
     until = settings.get("until") or []
@@ -105,5 +108,6 @@ class ToyTask(ConfigurableMessagesTask):
         key = self.config.metadata["benchmark"]
         rows = Questions(
             {"key": q.key, "image": q.image, "question": q.question, "answers": [q.answer], "metric": TASKS[key].metric}
-            for q in toyworld.benchmark(key, dataset_kwargs["n"], dataset_kwargs["seed"]))
+            for q in toyworld.benchmark(key, dataset_kwargs["n"], dataset_kwargs["seed"])
+        )
         self.dataset = self.dataset_no_image = {self.config.test_split: rows}

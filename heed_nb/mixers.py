@@ -20,58 +20,76 @@ from .ssd import ssd, ssd_step
 @dataclass
 class MixerConfig:
     "Fields of a mixer. Raises ValueError on a value that is not allowed."
-    conv_kernel: int = 4                # positions the convolution sees, itself included
-    conv_activation: str = "silu"       # "silu" or "none"
-    norm: str = "norm_then_gate"        # RMSNorm per head: "norm_then_gate", "gate_then_norm" or "none"
-    gate_bias: bool = False             # a bias in the gate's projection
-    qk_norm: bool = False               # keep the teacher's q_norm and k_norm
 
-    ALLOWED = dict(conv_activation=("silu", "none"), norm=("norm_then_gate", "gate_then_norm", "none"), gate_bias=(False, True), qk_norm=(False, True))
-    INITS = dict(paper={}, mamba={}, identity=dict(conv_activation="none", norm="none", gate_bias=True, qk_norm=True))  # defaults of each init
+    conv_kernel: int = 4  # positions the convolution sees, itself included
+    conv_activation: str = "silu"  # "silu" or "none"
+    norm: str = "norm_then_gate"  # RMSNorm per head: "norm_then_gate", "gate_then_norm" or "none"
+    gate_bias: bool = False  # a bias in the gate's projection
+    qk_norm: bool = False  # keep the teacher's q_norm and k_norm
+
+    ALLOWED = dict(
+        conv_activation=("silu", "none"),
+        norm=("norm_then_gate", "gate_then_norm", "none"),
+        gate_bias=(False, True),
+        qk_norm=(False, True),
+    )
+    INITS = dict(
+        paper={}, mamba={}, identity=dict(conv_activation="none", norm="none", gate_bias=True, qk_norm=True)
+    )  # defaults of each init
 
     def __post_init__(self):
         if not isinstance(self.conv_kernel, int) or isinstance(self.conv_kernel, bool) or self.conv_kernel < 1:
             raise ValueError(f"conv_kernel is {self.conv_kernel!r}; an integer of at least 1")
         for name, allowed in self.ALLOWED.items():
-            if (value := getattr(self, name)) not in allowed: raise ValueError(f"{name} is {value!r}; one of {', '.join(map(repr, allowed))}")
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; one of {', '.join(map(repr, allowed))}")
 
     @classmethod
     def for_init(cls, init: str, **given):
         "The config with an init's defaults under the given fields. Raises ValueError on an unknown init or field."
-        if init not in cls.INITS: raise ValueError(f"unknown init {init!r}; one of {', '.join(cls.INITS)}")
+        if init not in cls.INITS:
+            raise ValueError(f"unknown init {init!r}; one of {', '.join(cls.INITS)}")
         names = [f.name for f in fields(cls)]
         for name in given:
-            if name not in names: raise ValueError(f"unknown mixer field {name!r}; one of {', '.join(names)}")
+            if name not in names:
+                raise ValueError(f"unknown mixer field {name!r}; one of {', '.join(names)}")
         return cls(**{**cls.INITS[init], **given})
+
 
 class GatedDeltaConfig(MixerConfig):
     "Fields of `GatedDeltaMixer`."
 
+
 class Mamba2Config(MixerConfig):
     "Fields of `Mamba2Mixer`."
+
     INITS = {**MixerConfig.INITS, "mamba": dict(norm="gate_then_norm")}
 
 # %% ../nbs/24_mixers.ipynb #c006
 def repeat_heads(
-    x: Tensor,      # [B, T, G, ...], one entry for each key-value head
-    repeats: int    # query heads per key-value head
-) -> Tensor:        # [B, T, G * repeats, ...]
+    x: Tensor,  # [B, T, G, ...], one entry for each key-value head
+    repeats: int,  # query heads per key-value head
+) -> Tensor:  # [B, T, G * repeats, ...]
     "Each head `repeats` times in place: 0,0,..,1,1,.."
     return x if repeats == 1 else x.repeat_interleave(repeats, 2)
 
+
 def has_holes(
-    mask: Tensor  # [B, T], 0 at padding
+    mask: Tensor,  # [B, T], 0 at padding
 ) -> bool:
     "Whether padding stands between positions of a row, not at its ends alone; True where a graph is traced, which may not depend on that."
     starts = F.pad(mask.bool(), (1, 0)).int().diff() > 0  # where unpadded positions begin
     return is_tracing(mask) or bool((starts.sum(1) > 1).any())
 
+
 def causal_conv(
-    x: Tensor,      # [B, K - 1 + T, channels], the first K - 1 positions are context
-    weight: Tensor  # [channels, K], the last tap is the position itself
-) -> Tensor:        # [B, T, channels]
+    x: Tensor,  # [B, K - 1 + T, channels], the first K - 1 positions are context
+    weight: Tensor,  # [channels, K], the last tap is the position itself
+) -> Tensor:  # [B, T, channels]
     "Depthwise convolution over positions."
-    x = x[:, None].permute(0, 3, 1, 2)  # [B, channels, 1, positions] with channels last in memory, the fast layout on a CPU
+    x = x[:, None].permute(
+        0, 3, 1, 2
+    )  # [B, channels, 1, positions] with channels last in memory, the fast layout on a CPU
     return F.conv2d(x, weight[:, None, None].to(x.dtype), groups=x.shape[1])[:, :, 0].transpose(1, 2)
 
 # %% ../nbs/24_mixers.ipynb #c008
@@ -79,6 +97,7 @@ class Mixer(nn.Module):
     """A recurrence with an attention's signature; `q_proj`, `k_proj`, `v_proj`, `o_proj` take the attention's weights.
 
     A kind of mixer adds the parameters of its rates, the rates, the recurrence and its single step."""
+
     config_class: type[MixerConfig]
     transferred = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")  # inherited where the mixer has them
     float32_parameters = ("A_log", "dt_bias")
@@ -87,8 +106,8 @@ class Mixer(nn.Module):
 
     def __init__(
         self,
-        config,         # text config: hidden_size, num_attention_heads, num_key_value_heads, head_dim, attention_bias, rms_norm_eps, mixer_config
-        layer_idx: int  # the layer's place in the cache
+        config,  # text config: hidden_size, num_attention_heads, num_key_value_heads, head_dim, attention_bias, rms_norm_eps, mixer_config
+        layer_idx: int,  # the layer's place in the cache
     ):
         super().__init__()
         self.config, self.layer_idx = self.config_class(**config.mixer_config), layer_idx
@@ -96,19 +115,27 @@ class Mixer(nn.Module):
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
         size, q, kv = config.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         bias = getattr(config, "attention_bias", False)
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(size, q, bias=bias), nn.Linear(size, kv, bias=bias), nn.Linear(size, kv, bias=bias)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(size, q, bias=bias),
+            nn.Linear(size, kv, bias=bias),
+            nn.Linear(size, kv, bias=bias),
+        )
         self.o_proj = nn.Linear(q, size, bias=getattr(config, "attention_output_bias", bias))
-        if self.config.qk_norm: self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+        if self.config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.rms_norm_eps) for _ in range(2))
         self.g_proj = nn.Linear(size, q, bias=self.config.gate_bias)
         self.add_rates(size)
         self.conv_weight = nn.Parameter(torch.zeros(q + 2 * kv, self.config.conv_kernel))
-        if self.config.norm != "none": self.norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        if self.config.norm != "none":
+            self.norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def add_rates(self, size: int):
         "Adds `dt_bias`, `A_log` and the projections of the rates from `size` channels."
         raise NotImplementedError
 
-    def rates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:  # each [B, T, H] in float32; all 0 leave the state alone
+    def rates(
+        self, hidden_states: Tensor
+    ) -> tuple[Tensor, ...]:  # each [B, T, H] in float32; all 0 leave the state alone
         "What says how much is forgotten and written at each position."
         raise NotImplementedError
 
@@ -127,56 +154,73 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def init_new(
         self,
-        init: str = "paper",                      # "paper", "mamba" or "identity"
-        generator: torch.Generator | None = None  # on the CPU; None draws from the global one
+        init: str = "paper",  # "paper", "mamba" or "identity"
+        generator: torch.Generator | None = None,  # on the CPU; None draws from the global one
     ):
         "Initialises everything that is not inherited. Raises ValueError on an unknown init."
-        if init not in self.config_class.INITS: raise ValueError(f"unknown init {init!r}; one of {', '.join(self.config_class.INITS)}")
+        if init not in self.config_class.INITS:
+            raise ValueError(f"unknown init {init!r}; one of {', '.join(self.config_class.INITS)}")
         rates = [getattr(self, name).weight for name in self.rate_projections]
-        if self.config.norm != "none": self.norm.weight.fill_(1)
-        if self.config.gate_bias: self.g_proj.bias.fill_(1.278464542761)  # SiLU(1.278...) = 1
+        if self.config.norm != "none":
+            self.norm.weight.fill_(1)
+        if self.config.gate_bias:
+            self.g_proj.bias.fill_(1.278464542761)  # SiLU(1.278...) = 1
         if init == "paper":
-            for p in (self.g_proj.weight, *rates, self.A_log, self.conv_weight): _normal(p, generator)
+            for p in (self.g_proj.weight, *rates, self.A_log, self.conv_weight):
+                _normal(p, generator)
             self.dt_bias.zero_()
         elif init == "mamba":
-            for p in (self.g_proj.weight, *rates, self.conv_weight): _uniform(p, -p.shape[1] ** -0.5, p.shape[1] ** -0.5, generator)
+            for p in (self.g_proj.weight, *rates, self.conv_weight):
+                _uniform(p, -(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator)
             _uniform(self.A_log, *self.decay_range, generator).log_()
             dt = _uniform(self.dt_bias, math.log(1e-3), math.log(0.1), generator).exp_()
             dt.add_(torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         else:
-            for p in (*rates, self.conv_weight): p.zero_()
+            for p in (*rates, self.conv_weight):
+                p.zero_()
             self.conv_weight[:, -1] = 1
-            if self.config.gate_bias: self.g_proj.weight.zero_()
-            else: _normal(self.g_proj.weight, generator)
+            if self.config.gate_bias:
+                self.g_proj.weight.zero_()
+            else:
+                _normal(self.g_proj.weight, generator)
             self.dt_bias.fill_(math.log(math.e - 1))
             self.A_log.fill_(math.log(0.01))
 
     @torch.no_grad()
     def init_transferred(
         self,
-        generator: torch.Generator | None = None  # on the CPU; None draws from the global one
+        generator: torch.Generator | None = None,  # on the CPU; None draws from the global one
     ):
         "Initialises what weight transfer would have given: weights truncated normal(0.02), biases 0, norms 1."
         for name in self.transferred:
-            if not hasattr(self, name): continue
+            if not hasattr(self, name):
+                continue
             module = getattr(self, name)
-            if isinstance(module, nn.RMSNorm): module.weight.fill_(1)
-            else: _normal(module.weight, generator)
-            if getattr(module, "bias", None) is not None: module.bias.zero_()
+            if isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1)
+            else:
+                _normal(module.weight, generator)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
 
     def _convolved(self, x, cache, mask, holes):
         "Convolution of x [B, T, channels] after what `cache` holds, past padding; leaves the last inputs in the cache."
         width = self.config.conv_kernel
         past = None if cache is None else cache.get_conv_state(self.layer_idx)
-        if past is None: x = F.pad(x, (0, 0, width, 0))
-        else: x = torch.cat([past.transpose(1, 2).to(x.dtype), x], 1)  # `width` positions, one more than needed
+        if past is None:
+            x = F.pad(x, (0, 0, width, 0))
+        else:
+            x = torch.cat([past.transpose(1, 2).to(x.dtype), x], 1)  # `width` positions, one more than needed
         move = mask is not None and (holes or past is not None)  # else padding stands at a row's ends alone
-        if mask is not None: order = F.pad(mask, (width, 0), value=True).to(torch.uint8).argsort(dim=1, stable=True)  # padding first
-        if move: x = _rows(x, order)
+        if mask is not None:
+            order = F.pad(mask, (width, 0), value=True).to(torch.uint8).argsort(dim=1, stable=True)  # padding first
+        if move:
+            x = _rows(x, order)
         if cache is not None:
             last = x[:, -width:] if move or mask is None else _rows(x, order[:, -width:])
             cache.update_conv_state(last.transpose(1, 2).contiguous(), self.layer_idx, conv_kernel_size=width)
-        if not move: return causal_conv(x[:, 1:], self.conv_weight)
+        if not move:
+            return causal_conv(x[:, 1:], self.conv_weight)
         return _rows(causal_conv(F.pad(x, (0, 0, width - 1, 0)), self.conv_weight), order.argsort(1)[:, width:])
 
     def _convolved_apart(self, x, cu_seqlens):
@@ -190,21 +234,32 @@ class Mixer(nn.Module):
         "What the recurrence takes: q, k, v [B, T, H, P] and the rates."
         (b, t, _), h, g, p = hidden_states.shape, self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if self.config.qk_norm: q, k = self.q_norm(q.view(b, t, h, p)).flatten(2), self.k_norm(k.view(b, t, g, p)).flatten(2)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q.view(b, t, h, p)).flatten(2), self.k_norm(k.view(b, t, g, p)).flatten(2)
         mixed, rates = torch.cat([q, k, v], -1), self.rates(hidden_states)
         if mask is not None:
             mask, holes = mask.bool(), has_holes(mask) if holes is None else holes
             mixed, *rates = (x.masked_fill(~mask[..., None], 0) for x in (mixed, *rates))
-        mixed = self._convolved(mixed, cache, mask, holes) if cu_seqlens is None else self._convolved_apart(mixed, cu_seqlens)
-        if self.config.conv_activation == "silu": mixed = F.silu(mixed)
+        mixed = (
+            self._convolved(mixed, cache, mask, holes)
+            if cu_seqlens is None
+            else self._convolved_apart(mixed, cu_seqlens)
+        )
+        if self.config.conv_activation == "silu":
+            mixed = F.silu(mixed)
         q, k, v = mixed.split([h * p, g * p, g * p], -1)
-        return q.view(b, t, h, p), repeat_heads(k.view(b, t, g, p), h // g), repeat_heads(v.view(b, t, g, p), h // g), *rates
+        return (
+            q.view(b, t, h, p),
+            repeat_heads(k.view(b, t, g, p), h // g),
+            repeat_heads(v.view(b, t, g, p), h // g),
+            *rates,
+        )
 
     def mixing_matrix(
         self,
-        hidden_states: Tensor,                      # [B, T, hidden_size]
-        linear_attention_mask: Tensor | None = None # [B, T], 0 at padding
-    ) -> Tensor:                                    # [B, H, T, T] in float32: row i, column j is what position i reads of v at j
+        hidden_states: Tensor,  # [B, T, hidden_size]
+        linear_attention_mask: Tensor | None = None,  # [B, T], 0 at padding
+    ) -> Tensor:  # [B, H, T, T] in float32: row i, column j is what position i reads of v at j
         """The matrix by which the recurrence multiplies v, as attention's weights do: lower triangular, and no position reads padding.
 
         It takes memory quadratic in T, like attention's: B x H x T x T numbers, and several times as many for its gradient."""
@@ -214,43 +269,56 @@ class Mixer(nn.Module):
 
     def half_life(
         self,
-        hidden_states: Tensor  # [B, T, hidden_size]
-    ) -> Tensor:               # [H], in positions
+        hidden_states: Tensor,  # [B, T, hidden_size]
+    ) -> Tensor:  # [H], in positions
         "After how many positions a head's mean decay leaves half of the state."
         return -math.log(2) / self.log_decay(*self.rates(hidden_states)).mean((0, 1))
 
     def forward(
         self,
-        hidden_states: Tensor,                      # [B, T, hidden_size]
-        attention_mask: Tensor | None = None,       # the attention layers' mask, not used
-        position_ids: Tensor | None = None,         # not used: the recurrence knows the order
-        past_key_values=None,                       # a transformers cache with a linear attention layer at `layer_idx`
-        linear_attention_mask: Tensor | None = None,# [B, T], 0 at padding
-        padding_holes: bool | None = None,          # of that mask: `has_holes`, where it is known
-        cu_seqlens: Tensor | None = None,           # [S + 1], ends of S sequences packed in the rows, counted through all rows; without cache and padding
-        **kwargs
-    ) -> tuple[Tensor, None]:                       # [B, T, hidden_size], no attention weights
+        hidden_states: Tensor,  # [B, T, hidden_size]
+        attention_mask: Tensor | None = None,  # the attention layers' mask, not used
+        position_ids: Tensor | None = None,  # not used: the recurrence knows the order
+        past_key_values=None,  # a transformers cache with a linear attention layer at `layer_idx`
+        linear_attention_mask: Tensor | None = None,  # [B, T], 0 at padding
+        padding_holes: bool | None = None,  # of that mask: `has_holes`, where it is known
+        cu_seqlens: Tensor
+        | None = None,  # [S + 1], ends of S sequences packed in the rows, counted through all rows; without cache and padding
+        **kwargs,
+    ) -> tuple[Tensor, None]:  # [B, T, hidden_size], no attention weights
         "What attention would return."
         cache, shape = past_key_values, hidden_states.shape
-        if cu_seqlens is not None: hidden_states = hidden_states.reshape(1, -1, shape[-1])
+        if cu_seqlens is not None:
+            hidden_states = hidden_states.reshape(1, -1, shape[-1])
         gate = F.silu(self.g_proj(hidden_states)).unflatten(-1, (self.num_heads, self.head_dim))
         inputs = self._inputs(hidden_states, cache, linear_attention_mask, cu_seqlens, padding_holes)
         state = None if cache is None else cache.get_recurrent_state(self.layer_idx)
         if state is not None and hidden_states.shape[1] == 1:
             y, state = self.step(*(x[:, 0] for x in inputs), state=state)
             y = y[:, None]
-        elif cache is not None: y, state = self.recurrence(*inputs, initial_state=state, return_final_state=True)
-        else: y = self.recurrence(*inputs, cu_seqlens=cu_seqlens)
-        if cache is not None: cache.update_recurrent_state(state, self.layer_idx)
+        elif cache is not None:
+            y, state = self.recurrence(*inputs, initial_state=state, return_final_state=True)
+        else:
+            y = self.recurrence(*inputs, cu_seqlens=cu_seqlens)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
 
-        if self.config.norm == "norm_then_gate": y = self.norm(y) * gate
-        elif self.config.norm == "gate_then_norm": y = self.norm(y * gate)
-        else: y = y * gate
+        if self.config.norm == "norm_then_gate":
+            y = self.norm(y) * gate
+        elif self.config.norm == "gate_then_norm":
+            y = self.norm(y * gate)
+        else:
+            y = y * gate
         return self.o_proj(y.flatten(2)).view(shape), None
 
-def _normal(p, generator): return p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), std=0.02, a=-0.04, b=0.04, generator=generator))
 
-def _uniform(p, low, high, generator): return p.copy_(torch.empty(p.shape).uniform_(low, high, generator=generator))
+def _normal(p, generator):
+    return p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), std=0.02, a=-0.04, b=0.04, generator=generator))
+
+
+def _uniform(p, low, high, generator):
+    return p.copy_(torch.empty(p.shape).uniform_(low, high, generator=generator))
+
 
 def _rows(x, index):  # [B, T, channels], [B, S] -> [B, S, channels]
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -258,6 +326,7 @@ def _rows(x, index):  # [B, T, channels], [B, S] -> [B, S, channels]
 # %% ../nbs/24_mixers.ipynb #c010
 class Mamba2Mixer(Mixer):
     "Mamba-2: the state is written to by the step, and read beside a skip connection D."
+
     config_class = Mamba2Config
     float32_parameters = ("A_log", "dt_bias", "D")
     rate_projections = ("dt_proj",)
@@ -265,24 +334,31 @@ class Mamba2Mixer(Mixer):
 
     def add_rates(self, size):
         self.dt_proj = nn.Linear(size, self.num_heads, bias=False)
-        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32)) for _ in range(3))
+        self.dt_bias, self.A_log, self.D = (
+            nn.Parameter(torch.zeros(self.num_heads, dtype=torch.float32)) for _ in range(3)
+        )
 
     @torch.no_grad()
     def init_new(self, init="paper", generator=None):
         super().init_new(init, generator)
         self.D.fill_(init == "mamba")
 
-    def rates(self, hidden_states): return F.softplus(self.dt_proj(hidden_states).float() + self.dt_bias.float()),
+    def rates(self, hidden_states):
+        return (F.softplus(self.dt_proj(hidden_states).float() + self.dt_bias.float()),)
 
-    def log_decay(self, dt): return -dt * self.A_log.float().exp()
+    def log_decay(self, dt):
+        return -dt * self.A_log.float().exp()
 
-    def recurrence(self, q, k, v, dt, **kwargs): return ssd(v, dt, -self.A_log.float().exp(), k, q, D=self.D, **kwargs)
+    def recurrence(self, q, k, v, dt, **kwargs):
+        return ssd(v, dt, -self.A_log.float().exp(), k, q, D=self.D, **kwargs)
 
-    def step(self, q, k, v, dt, *, state): return ssd_step(v, dt, -self.A_log.float().exp(), k, q, state, self.D)
+    def step(self, q, k, v, dt, *, state):
+        return ssd_step(v, dt, -self.A_log.float().exp(), k, q, state, self.D)
 
 # %% ../nbs/24_mixers.ipynb #c012
 class GatedDeltaMixer(Mixer):
     "Gated DeltaNet: a key's old value is replaced by the new one at rate beta."
+
     config_class = GatedDeltaConfig
     rate_projections = ("a_proj", "b_proj")
     decay_range = (0.01, 16)
@@ -295,11 +371,15 @@ class GatedDeltaMixer(Mixer):
         dt = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
         return -dt * self.A_log.float().exp(), self.b_proj(hidden_states).float().sigmoid()
 
-    def log_decay(self, g, beta): return g
+    def log_decay(self, g, beta):
+        return g
 
-    def recurrence(self, q, k, v, g, beta, **kwargs): return gated_delta(_unit(q), _unit(k), v, g, beta, scale=1.0, **kwargs)
+    def recurrence(self, q, k, v, g, beta, **kwargs):
+        return gated_delta(_unit(q), _unit(k), v, g, beta, scale=1.0, **kwargs)
 
-    def step(self, q, k, v, g, beta, *, state): return gated_delta_step(_unit(q), _unit(k), v, g, beta, state, scale=1.0)
+    def step(self, q, k, v, g, beta, *, state):
+        return gated_delta_step(_unit(q), _unit(k), v, g, beta, state, scale=1.0)
+
 
 def _unit(x):  # [..., K]
     "Each vector at length 1; zero stays zero."

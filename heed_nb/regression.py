@@ -42,9 +42,7 @@ DRAWS = 1000
 
 
 def bootstrap_counts(
-    images: int,
-    draws: int = DRAWS,
-    seed: int = 0,
+    images: int, draws: int = DRAWS, seed: int = 0
 ) -> np.ndarray:  # [draws, images]: how often each resample takes each image
     "Resamples of the images with replacement. Raises ValueError if fewer than `draws` different ones exist."
     needed = next(n for n in range(2, draws + 2) if math.comb(2 * n - 1, n) >= draws)
@@ -293,9 +291,7 @@ def layer_means(
     )
 
 
-def can_be_ranked(
-    tokens: Tokens,
-) -> bool:
+def can_be_ranked(tokens: Tokens) -> bool:
     "Whether an image has ten visual tokens or more and not one density at all of them."
     return tokens.visual.sum() >= 10 and np.ptp(tokens.density[tokens.visual]) > 0
 
@@ -313,11 +309,7 @@ def importance_one_by_one(
     return curves
 
 # %% ../nbs/54_regression.ipynb #c031
-def with_intervals(
-    findings: Findings,
-    draws: int,
-    seed: int,
-) -> dict:  # deciles, correlations, regressions, by_layer
+def with_intervals(findings: Findings, draws: int, seed: int) -> dict:  # deciles, correlations, regressions, by_layer
     "The findings of all images with intervals. Raises ValueError on a regression that cannot be fitted."
     regressions = {}
     for name, (response, predictors, visual_only) in REGRESSIONS.items():

@@ -29,145 +29,206 @@ from .files import write_file
 
 # %% ../nbs/60_results.ipynb #c011
 def _git(*arguments):
-    return subprocess.run(['git', *arguments], cwd=Path(heed_nb.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=Path(heed_nb.__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
 
 def code_version() -> dict:  # {"commit": its hash or None, "dirty": whether tracked files differ from it, or None}
     "The git commit of the code that is imported; None where the package does not lie in its own repository."
     try:
-        _git('ls-files', '--error-unmatch', '__init__.py')
-        return dict(commit=_git('rev-parse', 'HEAD'), dirty=bool(_git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(top,exclude)outputs/published')))
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        return dict(
+            commit=_git("rev-parse", "HEAD"),
+            dirty=bool(
+                _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)outputs/published")
+            ),
+        )
     except (OSError, subprocess.CalledProcessError):
         return dict(commit=None, dirty=None)
 
+
 def _clock(seconds):
-    return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
 
 _STARTED, _CODE = time.time(), code_version()
 
+
 def _cpu():
     with suppress(OSError):
-        for line in open('/proc/cpuinfo'):
-            if line.startswith('model name'): return line.split(':')[1].strip()
+        for line in open("/proc/cpuinfo"):
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
+
 
 def provenance(
     started: float | None = None,  # time.time() at the run's start; None: when this module was imported
 ) -> dict:
     "Where and when a run ran: versions, device, threads, git commit, times."
     import torch  # here, so that tables are made without waiting for it
+
     versions = dict(python=platform.python_version(), heed_nb=heed_nb.__version__)
-    for name in ('torch', 'transformers', 'accelerate', 'lmms-eval'):
-        with suppress(PackageNotFoundError): versions[name] = version(name)
+    for name in ("torch", "transformers", "accelerate", "lmms-eval"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     started, ended = started or _STARTED, time.time()
     return dict(
-        versions=versions, git=_CODE, device=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(), threads=torch.get_num_threads(),
-        started=_clock(started), ended=_clock(ended), seconds=round(ended - started, 3))
+        versions=versions,
+        git=_CODE,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        threads=torch.get_num_threads(),
+        started=_clock(started),
+        ended=_clock(ended),
+        seconds=round(ended - started, 3),
+    )
 
 # %% ../nbs/60_results.ipynb #c015
 def _plain(value):
-    if isinstance(value, PurePath): return str(value)
-    if hasattr(value, 'tolist'): return value.tolist()  # numpy and torch, scalars and arrays
-    raise TypeError(f'cannot store a {type(value).__name__} in a run file: {value!r}')
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()  # numpy and torch, scalars and arrays
+    raise TypeError(f"cannot store a {type(value).__name__} in a run file: {value!r}")
+
 
 def write_run(
-    path: str | PurePath,           # e.g. outputs/toy/runs/C4-seed0-budget240000/evaluate.json
-    kind: str,                      # what ran: "distill", "evaluate", "teacher", ...
-    parameters: dict,               # all of them, so that the run can be repeated
-    numbers: dict,                  # what came out
+    path: str | PurePath,  # e.g. outputs/toy/runs/C4-seed0-budget240000/evaluate.json
+    kind: str,  # what ran: "distill", "evaluate", "teacher", ...
+    parameters: dict,  # all of them, so that the run can be repeated
+    numbers: dict,  # what came out
     *,
-    started: float | None = None,   # time.time() at the run's start; None: when this module was imported
-) -> Path:                          # the path
+    started: float | None = None,  # time.time() at the run's start; None: when this module was imported
+) -> Path:  # the path
     "Write a run's JSON atomically. Raises ValueError on a number that is not finite; an error leaves an earlier file as it was."
     run = dict(kind=kind, parameters=parameters, numbers=numbers, provenance=provenance(started))
     try:
         text = json.dumps(run, indent=1, default=_plain, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f'{path} not written: {error}') from None
-    return write_file(path, text + '\n')
+        raise ValueError(f"{path} not written: {error}") from None
+    return write_file(path, text + "\n")
+
 
 def read_run(
     path: str | PurePath,  # a file of `write_run`
-) -> dict:                 # kind, parameters, numbers, provenance, and path
+) -> dict:  # kind, parameters, numbers, provenance, and path
     "One run's JSON. Raises ValueError where the file is not a whole run."
     try:
         run = json.loads(Path(path).read_text())
-        return dict(path=Path(path), **{key: run[key] for key in ('kind', 'parameters', 'numbers', 'provenance')})
+        return dict(path=Path(path), **{key: run[key] for key in ("kind", "parameters", "numbers", "provenance")})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is not a run file of heed_nb ({type(error).__name__}: {error}); remove it and run again') from None
+        raise ValueError(
+            f"{path} is not a run file of heed_nb ({type(error).__name__}: {error}); remove it and run again"
+        ) from None
 
 # %% ../nbs/60_results.ipynb #c018
 def run_name(
-    condition: str,                    # "C4", "C4-shuffled", ...
+    condition: str,  # "C4", "C4-shuffled", ...
     seed: int | None = None,
     token_budget: int | None = None,
-    teacher: str | None = None,        # the name of another teacher; None: the one of Table 1
-) -> str:                              # "C4-seed0-budget240000", or "C0" for the teacher; "toy-glm4v/C0" for another
+    teacher: str | None = None,  # the name of another teacher; None: the one of Table 1
+) -> str:  # "C4-seed0-budget240000", or "C0" for the teacher; "toy-glm4v/C0" for another
     "The name of a run's folder under outputs/SCALE/runs."
-    name = condition if seed is None else f'{condition}-seed{seed}-budget{token_budget}'
-    return f'{teacher}/{name}' if teacher else name
+    name = condition if seed is None else f"{condition}-seed{seed}-budget{token_budget}"
+    return f"{teacher}/{name}" if teacher else name
+
 
 def parse_run_name(
-    name: str,        # a folder's name; one with "=" is of a run with overrides, which is no condition's
-) -> dict | None:     # condition, seed, token_budget (None for the teacher), teacher (None for the one of Table 1); None if it is not a run's
+    name: str,  # a folder's name; one with "=" is of a run with overrides, which is no condition's
+) -> (
+    dict | None
+):  # condition, seed, token_budget (None for the teacher), teacher (None for the one of Table 1); None if it is not a run's
     "The inverse of `run_name`."
-    match = re.fullmatch(r'((?P<teacher>[^/]+)/)?(?P<condition>C0|[^/=]+(?=-seed))(-seed(?P<seed>\d+)-budget(?P<token_budget>\d+))?', name)
-    return match and dict(condition=match['condition'], **{key: int(match[key]) if match[key] else None for key in ('seed', 'token_budget')}, teacher=match['teacher'])
+    match = re.fullmatch(
+        r"((?P<teacher>[^/]+)/)?(?P<condition>C0|[^/=]+(?=-seed))(-seed(?P<seed>\d+)-budget(?P<token_budget>\d+))?",
+        name,
+    )
+    return match and dict(
+        condition=match["condition"],
+        **{key: int(match[key]) if match[key] else None for key in ("seed", "token_budget")},
+        teacher=match["teacher"],
+    )
 
 # %% ../nbs/60_results.ipynb #c020
 def read_runs(
-    folder: str | PurePath,      # outputs/SCALE/runs
-    kind: str = 'evaluate',      # reads NAME/KIND.json
+    folder: str | PurePath,  # outputs/SCALE/runs
+    kind: str = "evaluate",  # reads NAME/KIND.json
     teacher: str | None = None,  # the name of another teacher; None: the one of Table 1
-) -> list[dict]:                 # runs of `read_run`, with name, condition, seed, token_budget, teacher; in order of these
+) -> list[dict]:  # runs of `read_run`, with name, condition, seed, token_budget, teacher; in order of these
     "All runs of a kind and a teacher in a folder; an empty list where there are none."
     runs = []
-    for path in Path(folder).glob(f'{teacher}/*/{kind}.json' if teacher else f'*/{kind}.json'):
+    for path in Path(folder).glob(f"{teacher}/*/{kind}.json" if teacher else f"*/{kind}.json"):
         name = path.parent.relative_to(folder).as_posix()
         if identity := parse_run_name(name):
             runs.append(dict(read_run(path), name=name, **identity))
-    return sorted(runs, key=lambda run: (run['condition'], run['token_budget'] or 0, run['seed'] or 0))
+    return sorted(runs, key=lambda run: (run["condition"], run["token_budget"] or 0, run["seed"] or 0))
 
 # %% ../nbs/60_results.ipynb #c023
 import pandas as pd
 
-from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING, TASKS, Scale, get_condition, scales_folder
+from heed_nb.conditions import (
+    BENCHMARKS,
+    CONDITIONS,
+    FINE_GRAINED,
+    REASONING,
+    TASKS,
+    Scale,
+    get_condition,
+    scales_folder,
+)
 
 # %% ../nbs/60_results.ipynb #c024
-PAPER = Path(heed_nb.__file__).parent/'paper'
+PAPER = Path(heed_nb.__file__).parent / "paper"
+
 
 def paper_table(
-    number: int | str,         # 1 ... 12, or "A.8" for the two curves of Appendix A.8
+    number: int | str,  # 1 ... 12, or "A.8" for the two curves of Appendix A.8
     *,
-    printed: bool = False,     # the strings as printed ("76.60") instead of numbers
-) -> pd.DataFrame:             # a row for each of the table's, named by its first column
+    printed: bool = False,  # the strings as printed ("76.60") instead of numbers
+) -> pd.DataFrame:  # a row for each of the table's, named by its first column
     "A table of the paper. Benchmarks go by their keys, averages by fine_grained, reasoning, average. Raises ValueError on one that is not held."
-    held = {int(path.stem[-2:]): path for path in sorted(PAPER.glob('table_*.csv'))} | {'A.8': PAPER/'appendix_a8.csv'}
+    held = {int(path.stem[-2:]): path for path in sorted(PAPER.glob("table_*.csv"))} | {
+        "A.8": PAPER / "appendix_a8.csv"
+    }
     if number not in held:
-        raise ValueError(f'no table {number!r} of the paper; one of {", ".join(map(str, held))}')
+        raise ValueError(f"no table {number!r} of the paper; one of {', '.join(map(str, held))}")
     return pd.read_csv(held[number], index_col=0, dtype=str if printed else None, keep_default_na=not printed)
 
 # %% ../nbs/60_results.ipynb #c028
 AVERAGES = dict(fine_grained=FINE_GRAINED, reasoning=REASONING, average=FINE_GRAINED + REASONING)
-ROWS = (*FINE_GRAINED, 'fine_grained', *REASONING, 'reasoning', 'average')
+ROWS = (*FINE_GRAINED, "fine_grained", *REASONING, "reasoning", "average")
 TITLES = {key: benchmark.title for key, benchmark in TASKS.items()} | dict(
-    fine_grained='Fine-grained Avg. (6)', reasoning='Reasoning Avg. (4)', average='Avg. (10)', delta='Δ vs. teacher')
-_SCORES = ['condition', 'seed', 'token_budget', 'row', 'score', 'noise', 'run', 'commit']
+    fine_grained="Fine-grained Avg. (6)", reasoning="Reasoning Avg. (4)", average="Avg. (10)", delta="Δ vs. teacher"
+)
+_SCORES = ["condition", "seed", "token_budget", "row", "score", "noise", "run", "commit"]
+
 
 def scores(
     runs: list[dict],  # of `read_runs`
-) -> pd.DataFrame:     # condition, seed, token_budget, row, score, noise, run, commit
+) -> pd.DataFrame:  # condition, seed, token_budget, row, score, noise, run, commit
     "Every run's scores and averages, one a line; an average lacking a benchmark is left out. Raises ValueError on a benchmark that is neither one of the ten nor a regime."
     lines = []
     for run in runs:
-        measured, n, git = run['numbers']['scores'], run['numbers']['n'], run['provenance']['git']
+        measured, n, git = run["numbers"]["scores"], run["numbers"]["n"], run["provenance"]["git"]
         if unknown := set(measured) - set(TASKS):
-            raise ValueError(f'unknown benchmark {min(unknown)!r} in {run["path"]}; one of {", ".join(TASKS)}')
-        variance = {key: s*(100 - s)/n[key] for key, s in measured.items()}
+            raise ValueError(f"unknown benchmark {min(unknown)!r} in {run['path']}; one of {', '.join(TASKS)}")
+        variance = {key: s * (100 - s) / n[key] for key, s in measured.items()}
         averages = {row: keys for row, keys in AVERAGES.items() if set(keys) <= set(measured)}
         for row, keys in ({key: (key,) for key in measured} | averages).items():
-            lines.append((run['condition'], run['seed'], run['token_budget'], row, sum(measured[k] for k in keys)/len(keys),
-                          sum(variance[k] for k in keys)**0.5/len(keys), run['name'], (git['commit'] or 'unknown')[:7] + '+'*bool(git['dirty'])))
-    return pd.DataFrame(lines, columns=_SCORES).astype(dict(seed='Int64', token_budget='Int64'))
+            lines.append(
+                (
+                    run["condition"],
+                    run["seed"],
+                    run["token_budget"],
+                    row,
+                    sum(measured[k] for k in keys) / len(keys),
+                    sum(variance[k] for k in keys) ** 0.5 / len(keys),
+                    run["name"],
+                    (git["commit"] or "unknown")[:7] + "+" * bool(git["dirty"]),
+                )
+            )
+    return pd.DataFrame(lines, columns=_SCORES).astype(dict(seed="Int64", token_budget="Int64"))
 
 # %% ../nbs/60_results.ipynb #c033
 def at_budget(
@@ -175,30 +236,34 @@ def at_budget(
     token_budget: int,
 ) -> pd.DataFrame:
     "The lines of one token budget, and the teacher's."
-    return scores[(scores.token_budget == token_budget) | (scores.condition == 'C0')]
+    return scores[(scores.token_budget == token_budget) | (scores.condition == "C0")]
+
 
 def means(
-    scores: pd.DataFrame,   # of `scores`, of one budget or of many
-) -> pd.DataFrame:          # condition, token_budget, row, mean, sd (NaN with one seed), n, runs
+    scores: pd.DataFrame,  # of `scores`, of one budget or of many
+) -> pd.DataFrame:  # condition, token_budget, row, mean, sd (NaN with one seed), n, runs
     "Mean and standard deviation over seeds."
-    groups = scores.groupby(['condition', 'token_budget', 'row'], sort=False, dropna=False)
-    return groups.agg(mean=('score', 'mean'), sd=('score', 'std'), n=('score', 'size'), runs=('run', ' '.join)).reset_index()
+    groups = scores.groupby(["condition", "token_budget", "row"], sort=False, dropna=False)
+    return groups.agg(
+        mean=("score", "mean"), sd=("score", "std"), n=("score", "size"), runs=("run", " ".join)
+    ).reset_index()
+
 
 def contrast(
     scores: pd.DataFrame,  # of `at_budget`
-    a: str,                # a condition, e.g. "C4"
-    b: str,                # the one to take away, e.g. "C3"; "C0" pairs with every seed
-    row: str,              # a benchmark's key or an average
-) -> dict:                 # a, b, row, mean, se (NaN with one seed), n, ahead (seeds in which a > b), noise (of the questions alone)
+    a: str,  # a condition, e.g. "C4"
+    b: str,  # the one to take away, e.g. "C3"; "C0" pairs with every seed
+    row: str,  # a benchmark's key or an average
+) -> dict:  # a, b, row, mean, se (NaN with one seed), n, ahead (seeds in which a > b), noise (of the questions alone)
     "a - b over the seeds that both have."
     lines = scores[scores.row == row]
-    left, right = (lines[lines.condition == condition].set_index('seed') for condition in (a, b))
-    if b == 'C0' and len(right):
-        right = right.iloc[[0]*len(left)].set_axis(left.index)
+    left, right = (lines[lines.condition == condition].set_index("seed") for condition in (a, b))
+    if b == "C0" and len(right):
+        right = right.iloc[[0] * len(left)].set_axis(left.index)
     seeds = left.index.intersection(right.index)
     delta = (left.score[seeds] - right.score[seeds]).astype(float)
     n = len(seeds)
-    noise = (left.noise[seeds]**2 + right.noise[seeds]**2).sum()**0.5/max(n, 1)
+    noise = (left.noise[seeds] ** 2 + right.noise[seeds] ** 2).sum() ** 0.5 / max(n, 1)
     return dict(a=a, b=b, row=row, mean=delta.mean(), se=delta.sem(), n=n, ahead=int((delta > 0).sum()), noise=noise)
 
 # %% ../nbs/60_results.ipynb #c037
@@ -206,334 +271,533 @@ import math
 
 
 def student_t(
-    degrees: int,         # of freedom, 1 or more
+    degrees: int,  # of freedom, 1 or more
     level: float = 0.95,
 ) -> float:
     "The half-width, in standard errors, of a two-sided interval."
+
     def inside(t):
-        theta = math.atan(t/math.sqrt(degrees))
+        theta = math.atan(t / math.sqrt(degrees))
         odd, total, term = degrees % 2, 0.0, math.cos(theta) if degrees % 2 else 1.0
-        for k in range(degrees//2):
+        for k in range(degrees // 2):
             total += term
-            term *= math.cos(theta)**2*(2*k + 1 + odd)/(2*k + 2 + odd)
-        return 2/math.pi*(theta + math.sin(theta)*total) if odd else math.sin(theta)*total
+            term *= math.cos(theta) ** 2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+        return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+
     low, high = 0.0, 1e4
     for _ in range(80):
-        middle = (low + high)/2
+        middle = (low + high) / 2
         low, high = (middle, high) if inside(middle) < level else (low, middle)
     return high
 
 # %% ../nbs/60_results.ipynb #c040
 _ON = {key: benchmark.title for key, benchmark in TASKS.items()} | dict(
-    fine_grained='the fine-grained average', reasoning='the reasoning average', average='the 10-benchmark average')
+    fine_grained="the fine-grained average", reasoning="the reasoning average", average="the 10-benchmark average"
+)
+
 
 def verdict(
     contrast: dict,  # of `contrast`
 ) -> str:
     '"beats", "trails", "no clear difference"; with one seed "ahead", "behind", "level"; "not run" with none.'
-    if not contrast['n']: return 'not run'
-    one = contrast['n'] == 1
-    bound = 2*contrast['noise'] if one else student_t(contrast['n'] - 1)*contrast['se']
-    if contrast['mean'] > bound: return 'ahead' if one else 'beats'
-    if contrast['mean'] < -bound: return 'behind' if one else 'trails'
-    return 'level' if one else 'no clear difference'
+    if not contrast["n"]:
+        return "not run"
+    one = contrast["n"] == 1
+    bound = 2 * contrast["noise"] if one else student_t(contrast["n"] - 1) * contrast["se"]
+    if contrast["mean"] > bound:
+        return "ahead" if one else "beats"
+    if contrast["mean"] < -bound:
+        return "behind" if one else "trails"
+    return "level" if one else "no clear difference"
+
 
 def sentence(
     contrast: dict,  # of `contrast`
 ) -> str:
     "What came out, in plain words."
-    a, b, n = contrast['a'], contrast['b'], contrast['n']
-    on = _ON[contrast['row']]
-    if not n: return f'{a} against {b} on {on}: no seed has both.'
+    a, b, n = contrast["a"], contrast["b"], contrast["n"]
+    on = _ON[contrast["row"]]
+    if not n:
+        return f"{a} against {b} on {on}: no seed has both."
     if n == 1:
-        which = {'ahead': 'is ahead of', 'behind': 'is behind', 'level': 'is level with'}[verdict(contrast)]
-        return f'{a} {which} {b} on {on}: {contrast["mean"]:+.2f} points (one seed, which says nothing about others; the questions alone leave ± {contrast["noise"]:.2f}).'
-    which = {'beats': 'beats', 'trails': 'trails', 'no clear difference': 'does not clearly beat'}[verdict(contrast)]
-    return f'{a} {which} {b} on {on}: {contrast["mean"]:+.2f} ± {contrast["se"]:.2f} points (mean ± SE, {n} seeds; ahead in {contrast["ahead"]} of {n}).'
+        which = {"ahead": "is ahead of", "behind": "is behind", "level": "is level with"}[verdict(contrast)]
+        return f"{a} {which} {b} on {on}: {contrast['mean']:+.2f} points (one seed, which says nothing about others; the questions alone leave ± {contrast['noise']:.2f})."
+    which = {"beats": "beats", "trails": "trails", "no clear difference": "does not clearly beat"}[verdict(contrast)]
+    return f"{a} {which} {b} on {on}: {contrast['mean']:+.2f} ± {contrast['se']:.2f} points (mean ± SE, {n} seeds; ahead in {contrast['ahead']} of {n})."
+
 
 _WORDS = {  # what decides -> where the interval lies, words of `sentence` and `budget_sentence`
     "Over two seeds or more Student's 95 % interval of the difference, paired by seed, decides": {
-        'lies above 0': ('beats',), 'lies below 0': ('trails',), 'holds 0': ('does not clearly beat', 'no clear difference')},
-    'With one seed the difference ± twice the error that the number of questions alone leaves decides': {
-        'lies above 0': ('is ahead of',), 'lies below 0': ('is behind',), 'holds 0': ('is level with', 'are level')}}
+        "lies above 0": ("beats",),
+        "lies below 0": ("trails",),
+        "holds 0": ("does not clearly beat", "no clear difference"),
+    },
+    "With one seed the difference ± twice the error that the number of questions alone leaves decides": {
+        "lies above 0": ("is ahead of",),
+        "lies below 0": ("is behind",),
+        "holds 0": ("is level with", "are level"),
+    },
+}
+
 
 def legend(
     said: str,  # sentences of `sentence` and `budget_sentence`
-) -> str:       # '' where they use none of the words
+) -> str:  # '' where they use none of the words
     "What the words of `verdict` mean, of those that are used."
-    used = {by: [' or '.join(f'"{word}"' for word in found) + f' where it {lies}' for lies, words in places.items() if (found := [word for word in words if word in said])]
-            for by, places in _WORDS.items()}
-    return ' '.join(f'{by}: {", ".join(words)}.' for by, words in used.items() if words)
+    used = {
+        by: [
+            " or ".join(f'"{word}"' for word in found) + f" where it {lies}"
+            for lies, words in places.items()
+            if (found := [word for word in words if word in said])
+        ]
+        for by, places in _WORDS.items()
+    }
+    return " ".join(f"{by}: {', '.join(words)}." for by, words in used.items() if words)
 
 # %% ../nbs/60_results.ipynb #c044
-LADDER = ('C0', 'C1', 'C2', 'C3', 'C4')
-VARIANTS = ('C0', 'C4', 'C5', 'C6')
-ABLATIONS = ('-Residual', '-Density', '+LD', '+SL')
-SWEEP = ('tau-0.25', 'tau-1', 'beta-1', 'beta-4')
-CONTRASTS = (('C4', 'C3'), ('C4', 'C1'), ('C2', 'C1'), ('C3', 'C2'), ('C4', 'C4-shuffled'), ('C5', 'C4'), ('C6', 'C4'), *((c, 'C4') for c in (*ABLATIONS, *SWEEP)))
-MEASURES = ('ocrbench_v2', 'fine_grained', 'reasoning', 'average')
+LADDER = ("C0", "C1", "C2", "C3", "C4")
+VARIANTS = ("C0", "C4", "C5", "C6")
+ABLATIONS = ("-Residual", "-Density", "+LD", "+SL")
+SWEEP = ("tau-0.25", "tau-1", "beta-1", "beta-4")
+CONTRASTS = (
+    ("C4", "C3"),
+    ("C4", "C1"),
+    ("C2", "C1"),
+    ("C3", "C2"),
+    ("C4", "C4-shuffled"),
+    ("C5", "C4"),
+    ("C6", "C4"),
+    *((c, "C4") for c in (*ABLATIONS, *SWEEP)),
+)
+MEASURES = ("ocrbench_v2", "fine_grained", "reasoning", "average")
+
 
 @cache
 def _paper_scores(printed=False):  # of C0 to C6; on OCRBench v2 alone, of Tab. 8's ablations and A.8's masks
-    ladder, variants, ablations, curves = (paper_table(n, printed=printed) for n in (1, 5, 8, 'A.8'))
-    alone = dict(ablations.ocrbench_v2[list(ABLATIONS)]) | {f'{name}-{k}': curves.loc[k, by] for k in curves.index[1:] for name, by in (('mask', 'density'), ('random', 'random'))}
-    others = variants[variants.columns.difference(ladder.columns)], pd.DataFrame(alone, index=['ocrbench_v2'])
-    return ladder.join(others).fillna('' if printed else float('nan'))
+    ladder, variants, ablations, curves = (paper_table(n, printed=printed) for n in (1, 5, 8, "A.8"))
+    alone = dict(ablations.ocrbench_v2[list(ABLATIONS)]) | {
+        f"{name}-{k}": curves.loc[k, by]
+        for k in curves.index[1:]
+        for name, by in (("mask", "density"), ("random", "random"))
+    }
+    others = variants[variants.columns.difference(ladder.columns)], pd.DataFrame(alone, index=["ocrbench_v2"])
+    return ladder.join(others).fillna("" if printed else float("nan"))
+
 
 def _paper_score(condition, row):
     paper = _paper_scores()
-    return float(paper.loc[row, condition]) if condition in paper else float('nan')
+    return float(paper.loc[row, condition]) if condition in paper else float("nan")
+
 
 def score_table(
-    scores: pd.DataFrame,                # of `scores`
+    scores: pd.DataFrame,  # of `scores`
     token_budget: int,
     conditions: tuple[str, ...] = LADDER,
-) -> pd.DataFrame:                       # row, column, mean, sd, se, n, paper, runs
+) -> pd.DataFrame:  # row, column, mean, sd, se, n, paper, runs
     "Table 1, 5 or 8 at one budget: a line for each cell; columns are conditions, and contrasts such as C4-C3."
     part = at_budget(scores, token_budget)
-    cells = means(part).rename(columns=dict(condition='column'))
-    cells = cells[cells.column.isin(conditions) & cells.row.isin(ROWS)].assign(paper=lambda f: [_paper_score(c, r) for c, r in zip(f.column, f.row)])
-    runs = cells.groupby('column').runs.first()
+    cells = means(part).rename(columns=dict(condition="column"))
+    cells = cells[cells.column.isin(conditions) & cells.row.isin(ROWS)].assign(
+        paper=lambda f: [_paper_score(c, r) for c, r in zip(f.column, f.row)]
+    )
+    runs = cells.groupby("column").runs.first()
     lines = []
-    pairs = [(c, 'C0', 'average') for c in conditions if c != 'C0'] + [(a, b, row) for a, b in CONTRASTS if {a, b} <= set(conditions) for row in MEASURES]
+    pairs = [(c, "C0", "average") for c in conditions if c != "C0"] + [
+        (a, b, row) for a, b in CONTRASTS if {a, b} <= set(conditions) for row in MEASURES
+    ]
     for a, b, row in pairs:
         c = contrast(part, a, b, row)
-        if c['n']:
-            row, column = ('delta', a) if b == 'C0' else (row, f'{a}-{b}')
-            lines.append(dict(row=row, column=column, mean=c['mean'], se=c['se'], n=c['n'], runs=f'{runs[a]} {runs[b]}', paper=_paper_score(a, c['row']) - _paper_score(b, c['row'])))
+        if c["n"]:
+            row, column = ("delta", a) if b == "C0" else (row, f"{a}-{b}")
+            lines.append(
+                dict(
+                    row=row,
+                    column=column,
+                    mean=c["mean"],
+                    se=c["se"],
+                    n=c["n"],
+                    runs=f"{runs[a]} {runs[b]}",
+                    paper=_paper_score(a, c["row"]) - _paper_score(b, c["row"]),
+                )
+            )
     cells = pd.concat([cells, pd.DataFrame(lines)]) if lines else cells
-    return cells.reindex(columns=['row', 'column', 'mean', 'sd', 'se', 'n', 'paper', 'runs']).round(dict(mean=4, sd=4, se=4, paper=2)).reset_index(drop=True)
+    return (
+        cells.reindex(columns=["row", "column", "mean", "sd", "se", "n", "paper", "runs"])
+        .round(dict(mean=4, sd=4, se=4, paper=2))
+        .reset_index(drop=True)
+    )
 
 # %% ../nbs/60_results.ipynb #c047
 def _label(condition):
-    return f'{condition} {CONDITIONS[condition].title}' if condition in (*LADDER, *VARIANTS) else condition
+    return f"{condition} {CONDITIONS[condition].title}" if condition in (*LADDER, *VARIANTS) else condition
+
 
 def plus_minus(
     mean: float,
-    spread: float,    # a standard deviation or error; NaN: none
-    row: str,         # a benchmark's key or an average: as many digits as the paper prints
-    sign: str = '',   # '+' for a difference
+    spread: float,  # a standard deviation or error; NaN: none
+    row: str,  # a benchmark's key or an average: as many digits as the paper prints
+    sign: str = "",  # '+' for a difference
 ) -> str:
     "A mean and its spread as they stand in a table."
     digits = 1 if row in TASKS else 2
-    return f'{mean:{sign}.{digits}f}' + (f' ± {spread:.{digits}f}' if spread == spread else '')
+    return f"{mean:{sign}.{digits}f}" + (f" ± {spread:.{digits}f}" if spread == spread else "")
+
 
 def markdown_table(
     header: list[str],
     rows: list[list[str]],
     *,
-    text_columns: int = 1,    # so many, from the left, hold text and are aligned to the left; the others to the right
+    text_columns: int = 1,  # so many, from the left, hold text and are aligned to the left; the others to the right
 ) -> str:
     "A Markdown table, padded so that it reads as plain text too."
     widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
-    rule = ['-'*w if i < text_columns else '-'*(w - 1) + ':' for i, w in enumerate(widths)]
-    lines = [[cell.ljust(w) if i < text_columns else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in (header, rule, *rows)]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    rule = ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = [
+        [cell.ljust(w) if i < text_columns else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        for line in (header, rule, *rows)
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
 
 def score_markdown(
-    cells: pd.DataFrame,                 # of `score_table`
+    cells: pd.DataFrame,  # of `score_table`
     conditions: tuple[str, ...] = LADDER,
 ) -> str:
     "Table 1's or 5's scores in Markdown: each condition's mean ± sd over seeds, and in italics the paper's."
-    at, printed = cells.set_index(['row', 'column']), _paper_scores(printed=True)
-    header = [''] + [text for c in conditions for text in ((_label(c), '*paper*') if c in printed else (c,))]
+    at, printed = cells.set_index(["row", "column"]), _paper_scores(printed=True)
+    header = [""] + [text for c in conditions for text in ((_label(c), "*paper*") if c in printed else (c,))]
     rows = []
-    for row in (*ROWS, 'delta'):
-        bold = '**' if row in AVERAGES else ''
-        line = [f'{bold}{TITLES[row]}{bold}']
+    for row in (*ROWS, "delta"):
+        bold = "**" if row in AVERAGES else ""
+        line = [f"{bold}{TITLES[row]}{bold}"]
         for c in conditions:
-            cell, sign = at.loc[(row, c)] if (row, c) in at.index else None, '+' if row == 'delta' else ''
-            line.append('' if cell is None else plus_minus(cell['mean'], cell.se if row == 'delta' else cell.sd, row, sign))
-            if c in printed: line.append(f'*{printed.loc[row, c]}*' if printed.loc[row, c] else '')
+            cell, sign = at.loc[(row, c)] if (row, c) in at.index else None, "+" if row == "delta" else ""
+            line.append(
+                "" if cell is None else plus_minus(cell["mean"], cell.se if row == "delta" else cell.sd, row, sign)
+            )
+            if c in printed:
+                line.append(f"*{printed.loc[row, c]}*" if printed.loc[row, c] else "")
         rows.append(line)
     return markdown_table(header, rows)
 
+
 def contrast_markdown(
-    cells: pd.DataFrame,   # of `score_table`
+    cells: pd.DataFrame,  # of `score_table`
 ) -> str:
     "Its contrasts in Markdown: mean ± SE over seeds with their number, and in italics the paper's."
-    at = cells.set_index(['row', 'column'])
-    header = [''] + [text for row in MEASURES for text in (TITLES[row], '*paper*')]
+    at = cells.set_index(["row", "column"])
+    header = [""] + [text for row in MEASURES for text in (TITLES[row], "*paper*")]
     rows = []
     for a, b in CONTRASTS:
-        found = [at.loc[(row, f'{a}-{b}')] if (row, f'{a}-{b}') in at.index else None for row in MEASURES]
+        found = [at.loc[(row, f"{a}-{b}")] if (row, f"{a}-{b}") in at.index else None for row in MEASURES]
         if any(cell is not None for cell in found):
-            line = [f'{a} – {b}']
+            line = [f"{a} – {b}"]
             for row, cell in zip(MEASURES, found):
-                line += ['', ''] if cell is None else [f'{plus_minus(cell["mean"], cell.se, row, "+")} (n={int(cell.n)})', f'*{cell.paper:+.2f}*' if cell.paper == cell.paper else '']
+                line += (
+                    ["", ""]
+                    if cell is None
+                    else [
+                        f"{plus_minus(cell['mean'], cell.se, row, '+')} (n={int(cell.n)})",
+                        f"*{cell.paper:+.2f}*" if cell.paper == cell.paper else "",
+                    ]
+                )
             rows.append(line)
-    return markdown_table(header, rows) if rows else ''
+    return markdown_table(header, rows) if rows else ""
 
 # %% ../nbs/60_results.ipynb #c053
 def findings(
-    scores: pd.DataFrame,   # of `scores`
+    scores: pd.DataFrame,  # of `scores`
     token_budget: int,
 ) -> list[str]:
     "What Table 1 says at one budget, a sentence each, beside what the paper says."
     part = at_budget(scores, token_budget)
-    found = [f'{sentence(contrast(part, a, b, row))} The paper has {_paper_score(a, row) - _paper_score(b, row):+.2f}.'
-             for a, b, row in (('C4', 'C3', 'fine_grained'), ('C4', 'C3', 'average'), ('C4', 'C1', 'average'))]
-    if (control := contrast(part, 'C4', 'C4-shuffled', 'fine_grained'))['n']:
-        found.append(f'{sentence(control)} The control has the same weights on shuffled patches; the paper has no such row.')
-    mean = means(part).set_index(['row', 'condition'])['mean']
-    students = [c for c in LADDER[1:] if ('fine_grained', c) in mean.index]
+    found = [
+        f"{sentence(contrast(part, a, b, row))} The paper has {_paper_score(a, row) - _paper_score(b, row):+.2f}."
+        for a, b, row in (("C4", "C3", "fine_grained"), ("C4", "C3", "average"), ("C4", "C1", "average"))
+    ]
+    if (control := contrast(part, "C4", "C4-shuffled", "fine_grained"))["n"]:
+        found.append(
+            f"{sentence(control)} The control has the same weights on shuffled patches; the paper has no such row."
+        )
+    mean = means(part).set_index(["row", "condition"])["mean"]
+    students = [c for c in LADDER[1:] if ("fine_grained", c) in mean.index]
     if len(students) > 1:
-        order = ' < '.join(sorted(students, key=lambda c: mean['fine_grained', c]))
-        found.append(f'Order of the means on the fine-grained average: {order}. The paper has {" < ".join(sorted(LADDER[1:], key=lambda c: _paper_score(c, "fine_grained")))}.')
-    if ('average', 'C0') in mean.index and ('average', 'C1') in mean.index:
-        fine, reasoning = ((mean[row, 'C0'] - mean[row, 'C1'], _paper_score('C0', row) - _paper_score('C1', row)) for row in ('fine_grained', 'reasoning'))
-        found.append(f'C1 loses {fine[0]:.2f} points on the fine-grained average and {reasoning[0]:.2f} on the reasoning average. The paper has {fine[1]:.2f} and {reasoning[1]:.2f}.')
-        near = [', '.join(c for c in of if score('reasoning', c) >= score('reasoning', 'C0') - 2) or 'none'
-                for of, score in ((students, lambda row, c: mean[row, c]), (LADDER[1:], lambda row, c: _paper_score(c, row)))]
-        found.append(f'Within 2 points of the teacher on the reasoning average: {near[0]}. The paper has {near[1]}.')
+        order = " < ".join(sorted(students, key=lambda c: mean["fine_grained", c]))
+        found.append(
+            f"Order of the means on the fine-grained average: {order}. The paper has {' < '.join(sorted(LADDER[1:], key=lambda c: _paper_score(c, 'fine_grained')))}."
+        )
+    if ("average", "C0") in mean.index and ("average", "C1") in mean.index:
+        fine, reasoning = (
+            (mean[row, "C0"] - mean[row, "C1"], _paper_score("C0", row) - _paper_score("C1", row))
+            for row in ("fine_grained", "reasoning")
+        )
+        found.append(
+            f"C1 loses {fine[0]:.2f} points on the fine-grained average and {reasoning[0]:.2f} on the reasoning average. The paper has {fine[1]:.2f} and {reasoning[1]:.2f}."
+        )
+        near = [
+            ", ".join(c for c in of if score("reasoning", c) >= score("reasoning", "C0") - 2) or "none"
+            for of, score in (
+                (students, lambda row, c: mean[row, c]),
+                (LADDER[1:], lambda row, c: _paper_score(c, row)),
+            )
+        ]
+        found.append(f"Within 2 points of the teacher on the reasoning average: {near[0]}. The paper has {near[1]}.")
     return found
 
 # %% ../nbs/60_results.ipynb #c057
 def missing_runs(
-    scores: pd.DataFrame,            # of `scores`
+    scores: pd.DataFrame,  # of `scores`
     token_budget: int,
     conditions: tuple[str, ...],
     seeds: tuple[int, ...],
-    teacher: str | None = None,      # the name of another teacher; None: the one of Table 1
-    scale: Scale | None = None,      # leaves out the seeds that it has for other conditions alone
-) -> list[str]:                      # names of `run_name`
+    teacher: str | None = None,  # the name of another teacher; None: the one of Table 1
+    scale: Scale | None = None,  # leaves out the seeds that it has for other conditions alone
+) -> list[str]:  # names of `run_name`
     "The runs a table asks for and does not find."
-    wanted = [run_name(c, s, token_budget, teacher) for c in conditions for s in ([None] if c == 'C0' else seeds) if c == 'C0' or scale is None or scale.takes(c, s)]
+    wanted = [
+        run_name(c, s, token_budget, teacher)
+        for c in conditions
+        for s in ([None] if c == "C0" else seeds)
+        if c == "C0" or scale is None or scale.takes(c, s)
+    ]
     return [name for name in wanted if name not in set(scores.run)]
 
+
 def asked_runs(
-    runs: Path,                          # folder of the runs
+    runs: Path,  # folder of the runs
     plan: Scale,
     conditions: Iterable[str],
     token_budget: int,
     seeds: Iterable[int] | None = None,  # of every condition; None: the scale's
-    side_conditions: Iterable[str] = (), # where `seeds` is None, those with the scale's `side_seeds` alone
-    side_budgets: Iterable[int] = (),    # more token budgets; where `seeds` is None, with the scale's `side_seeds`
-) -> tuple[dict[str, Iterable[int]], list[dict], list[str]]:  # the conditions with their seeds; of `read_runs`; the names that are missing
+    side_conditions: Iterable[str] = (),  # where `seeds` is None, those with the scale's `side_seeds` alone
+    side_budgets: Iterable[int] = (),  # more token budgets; where `seeds` is None, with the scale's `side_seeds`
+) -> tuple[
+    dict[str, Iterable[int]], list[dict], list[str]
+]:  # the conditions with their seeds; of `read_runs`; the names that are missing
     "What a table shows. Raises ValueError on an unknown condition, and if no run is there."
-    wanted = {get_condition(c).name: (*plan.seeds, *plan.more_seeds.get(c, ())) if seeds is None else seeds for c in conditions}
-    if seeds is None: wanted |= {c: plan.side_seeds for c in side_conditions if c in wanted}
-    by_budget = {b: dict.fromkeys(wanted, plan.side_seeds if seeds is None else seeds) for b in side_budgets} | {token_budget: wanted}
-    found = [r for r in read_runs(runs) if r['condition'] in wanted and (r['seed'] is None or r['seed'] in by_budget.get(r['token_budget'], {}).get(r['condition'], ()))]
+    wanted = {
+        get_condition(c).name: (*plan.seeds, *plan.more_seeds.get(c, ())) if seeds is None else seeds
+        for c in conditions
+    }
+    if seeds is None:
+        wanted |= {c: plan.side_seeds for c in side_conditions if c in wanted}
+    by_budget = {b: dict.fromkeys(wanted, plan.side_seeds if seeds is None else seeds) for b in side_budgets} | {
+        token_budget: wanted
+    }
+    found = [
+        r
+        for r in read_runs(runs)
+        if r["condition"] in wanted
+        and (r["seed"] is None or r["seed"] in by_budget.get(r["token_budget"], {}).get(r["condition"], ()))
+    ]
     if not found:
-        raise ValueError(f'no run of {", ".join(wanted)} at {token_budget} tokens in {runs}; run `make all SCALE={plan.name}` first')
+        raise ValueError(
+            f"no run of {', '.join(wanted)} at {token_budget} tokens in {runs}; run `make all SCALE={plan.name}` first"
+        )
     measured = scores(found)
-    missing = (name for b, of in by_budget.items() for c, given in of.items() for name in missing_runs(measured, b, (c,), given, scale=plan))
+    missing = (
+        name
+        for b, of in by_budget.items()
+        for c, given in of.items()
+        for name in missing_runs(measured, b, (c,), given, scale=plan)
+    )
     return wanted, found, list(dict.fromkeys(missing))
+
 
 def _names(runs):
     groups = {}
     for run in runs:
-        groups.setdefault((run['teacher'], run['condition']), {}).setdefault(run['token_budget'], []).append(run['seed'])
-    braces = lambda values: str(values[0]) if len(values) == 1 else '{' + ','.join(map(str, values)) + '}'
+        groups.setdefault((run["teacher"], run["condition"]), {}).setdefault(run["token_budget"], []).append(
+            run["seed"]
+        )
+    braces = lambda values: str(values[0]) if len(values) == 1 else "{" + ",".join(map(str, values)) + "}"
     for (teacher, condition), budgets in groups.items():
         for seeds in dict.fromkeys(map(tuple, budgets.values())):
-            yield run_name(condition, *((None, None) if seeds == (None,) else (braces(seeds), braces([b for b in budgets if tuple(budgets[b]) == seeds]))), teacher)
+            yield run_name(
+                condition,
+                *(
+                    (None, None)
+                    if seeds == (None,)
+                    else (braces(seeds), braces([b for b in budgets if tuple(budgets[b]) == seeds]))
+                ),
+                teacher,
+            )
+
 
 def footnote(
-    runs: list[dict],              # of `read_runs`
-    missing: list[str] = (),       # of `missing_runs`
+    runs: list[dict],  # of `read_runs`
+    missing: list[str] = (),  # of `missing_runs`
 ) -> str:
     "Markdown that names the runs a table was made from (as a shell expands braces), by commit and machine, those that are missing, and what is uneven between them."
     groups = {}
     for run in runs:
-        git = run['provenance']['git']
-        code = f'commit {git["commit"][:7]}{" with uncommitted changes" if git["dirty"] else ""}' if git['commit'] else 'code outside git'
-        groups.setdefault((run['kind'], code, run['provenance']['device']), []).append(run)
-    lines = [f'- Made from the {len(made)} run file{"s"*(len(made) > 1)} `runs/NAME/{kind}.json` ({code}, {device}): {", ".join(_names(made))}.' for (kind, code, device), made in groups.items()]
-    if missing: lines.append(f'- **Missing**: {", ".join(missing)}.')
-    if len({code for _, code, _ in groups}) > 1: lines.append('- The runs are of different code: see their commits.')
-    questions = sorted({n for run in runs for n in run['numbers'].get('n', {}).values()})
-    if questions: lines.append(f'- Questions a benchmark: {questions[0]}.' if len(questions) == 1 else f'- Questions a benchmark differ: {questions[0]} to {questions[-1]}.')
-    return '\n'.join(lines)
+        git = run["provenance"]["git"]
+        code = (
+            f"commit {git['commit'][:7]}{' with uncommitted changes' if git['dirty'] else ''}"
+            if git["commit"]
+            else "code outside git"
+        )
+        groups.setdefault((run["kind"], code, run["provenance"]["device"]), []).append(run)
+    lines = [
+        f"- Made from the {len(made)} run file{'s' * (len(made) > 1)} `runs/NAME/{kind}.json` ({code}, {device}): {', '.join(_names(made))}."
+        for (kind, code, device), made in groups.items()
+    ]
+    if missing:
+        lines.append(f"- **Missing**: {', '.join(missing)}.")
+    if len({code for _, code, _ in groups}) > 1:
+        lines.append("- The runs are of different code: see their commits.")
+    questions = sorted({n for run in runs for n in run["numbers"].get("n", {}).values()})
+    if questions:
+        lines.append(
+            f"- Questions a benchmark: {questions[0]}."
+            if len(questions) == 1
+            else f"- Questions a benchmark differ: {questions[0]} to {questions[-1]}."
+        )
+    return "\n".join(lines)
 
 # %% ../nbs/60_results.ipynb #c061
 PAPER_TEACHERS = dict(  # a model family -> its teacher in the paper: the first in Tab. 1, the others in Tab. 6
-    qwen3_vl='Qwen3-VL-8B (Tab. 1)', internvl='InternVL-3.5-8B', minicpmv='MiniCPM-V 4.5 (8B)', glm4v='GLM-4.6V-Flash (9B)')
+    qwen3_vl="Qwen3-VL-8B (Tab. 1)",
+    internvl="InternVL-3.5-8B",
+    minicpmv="MiniCPM-V 4.5 (8B)",
+    glm4v="GLM-4.6V-Flash (9B)",
+)
+
 
 def _paper_on_teacher(family):  # printed OCRBench v2, by condition
-    if family not in PAPER_TEACHERS: return {}
-    line = paper_table(1, printed=True).loc['ocrbench_v2'] if family == 'qwen3_vl' else paper_table(6, printed=True).loc[PAPER_TEACHERS[family]]
+    if family not in PAPER_TEACHERS:
+        return {}
+    line = (
+        paper_table(1, printed=True).loc["ocrbench_v2"]
+        if family == "qwen3_vl"
+        else paper_table(6, printed=True).loc[PAPER_TEACHERS[family]]
+    )
     return dict(line[list(LADDER)])
 
+
 def _family(runs):  # that the run files of one teacher name
-    return next((run['parameters']['model_type'] for run in runs if 'model_type' in run['parameters']), '')
+    return next((run["parameters"]["model_type"] for run in runs if "model_type" in run["parameters"]), "")
+
 
 def teacher_table(
-    runs: dict[str, list[dict]],         # a teacher's name -> its runs, of `read_runs`
+    runs: dict[str, list[dict]],  # a teacher's name -> its runs, of `read_runs`
     token_budget: int,
     conditions: tuple[str, ...] = LADDER,
-) -> pd.DataFrame:                       # teacher, family, column, mean, sd, se, n, paper, runs
+) -> pd.DataFrame:  # teacher, family, column, mean, sd, se, n, paper, runs
     "Table 6 at one budget: OCRBench v2 by teacher, a line for each cell; columns are conditions and C4-C3. A family that was not run has the paper's numbers alone."
-    columns = [*conditions, 'C4-C3']
+    columns = [*conditions, "C4-C3"]
     of_family = {name: _family(found) for name, found in runs.items()}
-    teachers = [*runs.items(), *(('', []) for family in PAPER_TEACHERS if family not in of_family.values())]
+    teachers = [*runs.items(), *(("", []) for family in PAPER_TEACHERS if family not in of_family.values())]
     families = [*of_family.values(), *(family for family in PAPER_TEACHERS if family not in of_family.values())]
     parts = []
     for (name, found), family in zip(teachers, families):
         cells = score_table(scores(found), token_budget, conditions)
         paper = {c: float(x) for c, x in _paper_on_teacher(family).items()}
-        if paper: paper['C4-C3'] = paper['C4'] - paper['C3']
-        cells = cells[cells.row == 'ocrbench_v2'].set_index('column').reindex(columns).reset_index()
-        parts.append(cells.assign(teacher=name, family=family, paper=cells.column.map(paper).astype(float).round(2), n=cells.n.fillna(0).astype(int)))
-    return pd.concat(parts)[['teacher', 'family', 'column', 'mean', 'sd', 'se', 'n', 'paper', 'runs']].reset_index(drop=True)
+        if paper:
+            paper["C4-C3"] = paper["C4"] - paper["C3"]
+        cells = cells[cells.row == "ocrbench_v2"].set_index("column").reindex(columns).reset_index()
+        parts.append(
+            cells.assign(
+                teacher=name,
+                family=family,
+                paper=cells.column.map(paper).astype(float).round(2),
+                n=cells.n.fillna(0).astype(int),
+            )
+        )
+    return pd.concat(parts)[["teacher", "family", "column", "mean", "sd", "se", "n", "paper", "runs"]].reset_index(
+        drop=True
+    )
+
 
 def teacher_markdown(
-    cells: pd.DataFrame,   # of `teacher_table`
+    cells: pd.DataFrame,  # of `teacher_table`
 ) -> str:
     "Table 6 in Markdown: a line a teacher, mean ± sd over seeds, C4 – C3 with its SE, and in italics the paper's."
     columns = list(dict.fromkeys(cells.column))
-    header = ['Teacher', '*in the paper*'] + [text for c in columns for text in ((c.replace('-', ' – ') if c == 'C4-C3' else _label(c)), *(['*paper*'] if c in (*LADDER, 'C4-C3') else []))]
+    header = ["Teacher", "*in the paper*"] + [
+        text
+        for c in columns
+        for text in (
+            (c.replace("-", " – ") if c == "C4-C3" else _label(c)),
+            *(["*paper*"] if c in (*LADDER, "C4-C3") else []),
+        )
+    ]
     rows = []
-    for (name, family), line in cells.groupby(['teacher', 'family'], sort=False):
-        row = [name or 'not run', f'*{PAPER_TEACHERS[family]}*' if family in PAPER_TEACHERS else '']
+    for (name, family), line in cells.groupby(["teacher", "family"], sort=False):
+        row = [name or "not run", f"*{PAPER_TEACHERS[family]}*" if family in PAPER_TEACHERS else ""]
         for cell in line.itertuples():
-            contrast = cell.column == 'C4-C3'
-            row.append(plus_minus(cell.mean, cell.se if contrast else cell.sd, 'ocrbench_v2', '+' if contrast else '') + f' (n={cell.n})'*contrast if cell.n else '')
-            if cell.column in (*LADDER, 'C4-C3'): row.append(f'*{cell.paper:{"+" if contrast else ""}.1f}*' if cell.paper == cell.paper else '')
+            contrast = cell.column == "C4-C3"
+            row.append(
+                plus_minus(cell.mean, cell.se if contrast else cell.sd, "ocrbench_v2", "+" if contrast else "")
+                + f" (n={cell.n})" * contrast
+                if cell.n
+                else ""
+            )
+            if cell.column in (*LADDER, "C4-C3"):
+                row.append(f"*{cell.paper:{'+' if contrast else ''}.1f}*" if cell.paper == cell.paper else "")
         rows.append(row)
     return markdown_table(header, rows, text_columns=2)
 
+
 def teacher_findings(
-    runs: dict[str, list[dict]],   # a teacher's name -> its runs, of `read_runs`
+    runs: dict[str, list[dict]],  # a teacher's name -> its runs, of `read_runs`
     token_budget: int,
 ) -> list[str]:
     "What Table 6 says, a sentence a teacher, then over all."
     found, steps = [], []
     for name, of_teacher in runs.items():
-        step, paper = contrast(at_budget(scores(of_teacher), token_budget), 'C4', 'C3', 'ocrbench_v2'), _paper_on_teacher(_family(of_teacher))
-        said = f' The paper has {float(paper["C4"]) - float(paper["C3"]):+.1f} on {PAPER_TEACHERS[_family(of_teacher)]}.' if paper else ''
-        found.append(f'{name}: {sentence(step)}{said}')
-        if step['n']: steps.append(step)
+        step, paper = (
+            contrast(at_budget(scores(of_teacher), token_budget), "C4", "C3", "ocrbench_v2"),
+            _paper_on_teacher(_family(of_teacher)),
+        )
+        said = (
+            f" The paper has {float(paper['C4']) - float(paper['C3']):+.1f} on {PAPER_TEACHERS[_family(of_teacher)]}."
+            if paper
+            else ""
+        )
+        found.append(f"{name}: {sentence(step)}{said}")
+        if step["n"]:
+            steps.append(step)
     if steps:
-        clear = sum(verdict(s) in ('beats', 'ahead') for s in steps)
-        found.append(f'The mean of C4 – C3 is positive on {sum(s["mean"] > 0 for s in steps)} of {len(steps)} teachers; C4 beats C3, or is ahead of it with one seed, on {clear}. The paper has it positive on all four.')
+        clear = sum(verdict(s) in ("beats", "ahead") for s in steps)
+        found.append(
+            f"The mean of C4 – C3 is positive on {sum(s['mean'] > 0 for s in steps)} of {len(steps)} teachers; C4 beats C3, or is ahead of it with one seed, on {clear}. The paper has it positive on all four."
+        )
     return found
 
 # %% ../nbs/60_results.ipynb #c066
 def read_answers(
-    run: dict,        # of `read_runs`
-) -> pd.DataFrame:    # by key, in the order asked: benchmark, question, answers, response, right
+    run: dict,  # of `read_runs`
+) -> pd.DataFrame:  # by key, in the order asked: benchmark, question, answers, response, right
     "A run's answers. Raises ValueError where they are not beside its evaluate.json."
-    path = run['path'].with_name('answers.jsonl')
-    if not path.exists(): raise ValueError(f'no {path.name} in {run["name"]}; run nbs/runs/evaluate.ipynb there again')
+    path = run["path"].with_name("answers.jsonl")
+    if not path.exists():
+        raise ValueError(f"no {path.name} in {run['name']}; run nbs/runs/evaluate.ipynb there again")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return pd.DataFrame([line | dict(right=line['score'] == 1) for line in lines]).set_index('key')[['benchmark', 'question', 'answers', 'response', 'right']]
+    return pd.DataFrame([line | dict(right=line["score"] == 1) for line in lines]).set_index("key")[
+        ["benchmark", "question", "answers", "response", "right"]
+    ]
+
 
 def pair_answers(
-    a: dict,          # of `read_runs`
+    a: dict,  # of `read_runs`
     b: dict,
-) -> pd.DataFrame:    # by key: benchmark, question, answers, response_a, right_a, response_b, right_b
+) -> pd.DataFrame:  # by key: benchmark, question, answers, response_a, right_a, response_b, right_b
     "What two runs answered to the same questions. Raises ValueError where these differ."
     first, second = read_answers(a), read_answers(b)
-    if not first.question.equals(second.question): raise ValueError(f'{a["name"]} and {b["name"]} answered different questions')
-    return first.rename(columns=dict(response='response_a', right='right_a')).join(second[['response', 'right']].add_suffix('_b'))
+    if not first.question.equals(second.question):
+        raise ValueError(f"{a['name']} and {b['name']} answered different questions")
+    return first.rename(columns=dict(response="response_a", right="right_a")).join(
+        second[["response", "right"]].add_suffix("_b")
+    )
+
 
 def joint_failures(
     pairs: pd.DataFrame,  # of `pair_answers`, of toy questions
-) -> pd.DataFrame:        # those that both fail, with kind: of toyworld.FAILURES
+) -> pd.DataFrame:  # those that both fail, with kind: of toyworld.FAILURES
     "The joint failures, sorted."
     from heed_nb.toyworld import benchmark, failure  # here, as it brings torch
+
     asked = {q.key: q for key, n in pairs.benchmark.value_counts().items() for q in benchmark(key, n)}
     failed = pairs[~(pairs.right_a | pairs.right_b)]
     return failed.assign(kind=[failure(asked[key], response) for key, response in failed.response_b.items()])
@@ -541,31 +805,46 @@ def joint_failures(
 # %% ../nbs/60_results.ipynb #c070
 def budget_contrasts(
     scores: pd.DataFrame,  # of `scores`
-    a: str = 'C4',
-    b: str = 'C3',
+    a: str = "C4",
+    b: str = "C3",
     rows: Iterable[str] = AVERAGES,
-) -> pd.DataFrame:         # token_budget, a, b, row, mean, se, n, ahead, noise, verdict
+) -> pd.DataFrame:  # token_budget, a, b, row, mean, se, n, ahead, noise, verdict
     "a - b at each token budget."
-    lines = [dict(token_budget=int(budget), **c, verdict=verdict(c)) for budget in sorted(scores.token_budget.dropna().unique())
-             for c in (contrast(at_budget(scores, budget), a, b, row) for row in rows)]
-    return pd.DataFrame(lines, columns=['token_budget', 'a', 'b', 'row', 'mean', 'se', 'n', 'ahead', 'noise', 'verdict']).round(4)
+    lines = [
+        dict(token_budget=int(budget), **c, verdict=verdict(c))
+        for budget in sorted(scores.token_budget.dropna().unique())
+        for c in (contrast(at_budget(scores, budget), a, b, row) for row in rows)
+    ]
+    return pd.DataFrame(
+        lines, columns=["token_budget", "a", "b", "row", "mean", "se", "n", "ahead", "noise", "verdict"]
+    ).round(4)
+
 
 def budget_sentence(
-    contrasts: pd.DataFrame,   # of `budget_contrasts`
-    row: str = 'fine_grained',
+    contrasts: pd.DataFrame,  # of `budget_contrasts`
+    row: str = "fine_grained",
     *,
-    a: str = 'C4',
-    b: str = 'C3',
+    a: str = "C4",
+    b: str = "C3",
 ) -> str:
     "Over which budgets a beats b, in plain words."
     lines = contrasts[(contrasts.row == row) & (contrasts.n > 0)]
-    if not len(lines): return f'No budget has a seed of both {a} and {b}.'
-    groups = {v: ', '.join(f'{budget:,}' for budget in lines[lines.verdict == v].token_budget) for v in lines.verdict.unique()}
-    says = {'beats': f'{a} beats {b} at', 'ahead': f'{a} is ahead of {b} with one seed at', 'level': f'{a} and {b} are level with one seed at',
-            'behind': f'{a} is behind {b} with one seed at', 'trails': f'{a} trails {b} at', 'no clear difference': 'no clear difference at'}
-    one = 'Only one token budget was run. ' if len(lines) == 1 else ''
-    text = '; '.join(f'{phrase} {groups[v]}' for v, phrase in says.items() if v in groups)
-    return f'{one}On {_ON[row]}, {text} tokens.'
+    if not len(lines):
+        return f"No budget has a seed of both {a} and {b}."
+    groups = {
+        v: ", ".join(f"{budget:,}" for budget in lines[lines.verdict == v].token_budget) for v in lines.verdict.unique()
+    }
+    says = {
+        "beats": f"{a} beats {b} at",
+        "ahead": f"{a} is ahead of {b} with one seed at",
+        "level": f"{a} and {b} are level with one seed at",
+        "behind": f"{a} is behind {b} with one seed at",
+        "trails": f"{a} trails {b} at",
+        "no clear difference": "no clear difference at",
+    }
+    one = "Only one token budget was run. " if len(lines) == 1 else ""
+    text = "; ".join(f"{phrase} {groups[v]}" for v, phrase in says.items() if v in groups)
+    return f"{one}On {_ON[row]}, {text} tokens."
 
 # %% ../nbs/60_results.ipynb #c075
 from io import BytesIO
@@ -574,121 +853,176 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 # %% ../nbs/60_results.ipynb #c076
-COLOURS = {'C0': '#4d4d4d', 'C1': '#e69f00', 'C2': '#56b4e9', 'C3': '#0072b2', 'C4': '#d55e00', 'C4-shuffled': '#cc79a7', 'C5': '#009e73', 'C6': '#882255'}
-MARKS = {'C0': '', 'C1': 'o', 'C2': 's', 'C3': '^', 'C4': 'D', 'C4-shuffled': 'v', 'C5': 'P', 'C6': 'X'}
+COLOURS = {
+    "C0": "#4d4d4d",
+    "C1": "#e69f00",
+    "C2": "#56b4e9",
+    "C3": "#0072b2",
+    "C4": "#d55e00",
+    "C4-shuffled": "#cc79a7",
+    "C5": "#009e73",
+    "C6": "#882255",
+}
+MARKS = {"C0": "", "C1": "o", "C2": "s", "C3": "^", "C4": "D", "C4-shuffled": "v", "C5": "P", "C6": "X"}
 
-def png(
-    figure: Figure,
-) -> bytes:
+
+def png(figure: Figure) -> bytes:
     "A figure as PNG, to be written by `write_file`."
     buffer = BytesIO()
-    figure.savefig(buffer, format='png', dpi=150, facecolor='white')
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
     return buffer.getvalue()
 
+
 def _plain_axes(axes):
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#e6e6e6', linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
+
 
 def budget_markdown(
     scores: pd.DataFrame,  # of `scores`
-    row: str,              # a benchmark's key or an average
+    row: str,  # a benchmark's key or an average
 ) -> str:
     "Means ± standard deviation over seeds in Markdown, a line a condition, a column a token budget."
     summary = means(scores[scores.row == row])
-    budgets, at = sorted(summary.token_budget.dropna().unique()), summary.set_index(['condition', 'token_budget'])
+    budgets, at = sorted(summary.token_budget.dropna().unique()), summary.set_index(["condition", "token_budget"])
     lines = []
-    for c in [c for c in COLOURS if c != 'C0' and c in set(summary.condition)]:
+    for c in [c for c in COLOURS if c != "C0" and c in set(summary.condition)]:
         cells = [at.loc[(c, b)] if (c, b) in at.index else None for b in budgets]
-        lines.append([c] + ['' if x is None else plus_minus(x['mean'], x.sd, row) for x in cells])
-    return markdown_table([TITLES[row]] + [f'{b:,}' for b in budgets], lines)
+        lines.append([c] + ["" if x is None else plus_minus(x["mean"], x.sd, row) for x in cells])
+    return markdown_table([TITLES[row]] + [f"{b:,}" for b in budgets], lines)
+
 
 def budget_figure(
     panels: dict[str, pd.DataFrame],  # a title -> lines of `scores`, of one row
-    note: str = '',                   # one line at the foot: the runs it came from
+    note: str = "",  # one line at the foot: the runs it came from
 ) -> Figure:
     "Scores over token budgets, a line a condition, the band one standard deviation over seeds; the teacher dashed."
-    figure = Figure(figsize=(4.5*len(panels), 4.2), layout='constrained')
+    figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
     row, labelled = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], {}
     for axes, (title, of_panel) in zip(row, panels.items()):
         lines = means(of_panel)
         for condition in [c for c in COLOURS if c in set(lines.condition)]:
-            line = lines[lines.condition == condition].sort_values('token_budget')
-            if condition == 'C0':
-                axes.axhline(line['mean'].item(), color=COLOURS['C0'], linestyle='--', linewidth=1.2, label=_label('C0'))
+            line = lines[lines.condition == condition].sort_values("token_budget")
+            if condition == "C0":
+                axes.axhline(
+                    line["mean"].item(), color=COLOURS["C0"], linestyle="--", linewidth=1.2, label=_label("C0")
+                )
                 continue
-            x, y, sd = line.token_budget.astype(float), line['mean'], line.sd.fillna(0)
-            axes.plot(x, y, color=COLOURS[condition], marker=MARKS[condition], markersize=5, linewidth=1.6, label=_label(condition))
+            x, y, sd = line.token_budget.astype(float), line["mean"], line.sd.fillna(0)
+            axes.plot(
+                x,
+                y,
+                color=COLOURS[condition],
+                marker=MARKS[condition],
+                markersize=5,
+                linewidth=1.6,
+                label=_label(condition),
+            )
             axes.fill_between(x, y - sd, y + sd, color=COLOURS[condition], alpha=0.18, linewidth=0)
-        axes.set_title(title, fontsize=11, loc='left')
-        axes.set_xlabel('training tokens')
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("training tokens")
         budgets = sorted(lines.token_budget.dropna().unique())
-        if budgets[0] > 0 and budgets[-1] > 3*budgets[0]: axes.set_xscale('log')
+        if budgets[0] > 0 and budgets[-1] > 3 * budgets[0]:
+            axes.set_xscale("log")
         axes.set_xticks([float(b) for b in budgets], minor=False)
         axes.set_xticks([], minor=True)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x/1e6:g}M' if x >= 1e6 else f'{x/1e3:g}k'))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k"))
         _plain_axes(axes)
         labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
-    row[0].set_ylabel('score')
+    row[0].set_ylabel("score")
     row[0].set(ylim=(0, 106), yticks=range(0, 101, 20))  # room for a spread at 100
-    figure.legend(labelled.values(), labelled.keys(), loc='outside upper center', ncols=6, frameon=False, fontsize=9)
-    figure.supxlabel(note, fontsize=7, color='#666666')
+    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    figure.supxlabel(note, fontsize=7, color="#666666")
     return figure
 
 # %% ../nbs/60_results.ipynb #c078
 def ladder_figure(
-    cells: pd.DataFrame,   # of `score_table`
-    note: str = '',        # one line at the foot: the runs it came from
+    cells: pd.DataFrame,  # of `score_table`
+    note: str = "",  # one line at the foot: the runs it came from
 ) -> Figure:
     "Fig. 1: (A) reasoning and (B) fine-grained benchmarks and their averages, a bar a condition (mean, sd over seeds), the paper's as light marks."
-    at = cells.set_index(['row', 'column'])
+    at = cells.set_index(["row", "column"])
     conditions = [c for c in LADDER if c in set(cells.column)]
-    figure = Figure(figsize=(13, 4.6), layout='constrained')
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, width_ratios=(5, 7), sharey=True)
-    width = 0.82/len(conditions)
-    for axes, rows, title in zip(panels, ((*REASONING, 'reasoning'), (*FINE_GRAINED, 'fine_grained')), ('(A) Reasoning', '(B) Fine-grained perception')):
+    width = 0.82 / len(conditions)
+    for axes, rows, title in zip(
+        panels,
+        ((*REASONING, "reasoning"), (*FINE_GRAINED, "fine_grained")),
+        ("(A) Reasoning", "(B) Fine-grained perception"),
+    ):
         for i, condition in enumerate(conditions):
             found = [k for k, row in enumerate(rows) if (row, condition) in at.index]
-            x = [k + (i - (len(conditions) - 1)/2)*width for k in found]
+            x = [k + (i - (len(conditions) - 1) / 2) * width for k in found]
             line = at.loc[[(rows[k], condition) for k in found]]
-            axes.bar(x, line['mean'], width*0.92, color=COLOURS.get(condition, '#999999'), label=_label(condition))
+            axes.bar(x, line["mean"], width * 0.92, color=COLOURS.get(condition, "#999999"), label=_label(condition))
             if line.sd.notna().any():
-                axes.errorbar(x, line['mean'], line.sd.fillna(0), fmt='none', ecolor='#222222', elinewidth=0.9, capsize=1.5)
-            axes.plot(x, line.paper, linestyle='none', marker='o', markersize=4.5, markeredgewidth=1, color='#f2f2f2', markeredgecolor='#777777', label='the paper' if i == len(conditions) - 1 else None)
-        axes.set_xticks(range(len(rows)), [TITLES[row] if row in BENCHMARKS else 'Average' for row in rows])
-        axes.axvline(len(rows) - 1.5, color='#cccccc', linewidth=0.8)
-        axes.tick_params(axis='x', length=0)
-        axes.set_title(title, fontsize=11, loc='left')
+                axes.errorbar(
+                    x, line["mean"], line.sd.fillna(0), fmt="none", ecolor="#222222", elinewidth=0.9, capsize=1.5
+                )
+            axes.plot(
+                x,
+                line.paper,
+                linestyle="none",
+                marker="o",
+                markersize=4.5,
+                markeredgewidth=1,
+                color="#f2f2f2",
+                markeredgecolor="#777777",
+                label="the paper" if i == len(conditions) - 1 else None,
+            )
+        axes.set_xticks(range(len(rows)), [TITLES[row] if row in BENCHMARKS else "Average" for row in rows])
+        axes.axvline(len(rows) - 1.5, color="#cccccc", linewidth=0.8)
+        axes.tick_params(axis="x", length=0)
+        axes.set_title(title, fontsize=11, loc="left")
         _plain_axes(axes)
-    panels[0].set_ylabel('score')
+    panels[0].set_ylabel("score")
     panels[0].set(ylim=(0, 106), yticks=range(0, 101, 20))  # room for a spread at 100
-    figure.legend(*panels[1].get_legend_handles_labels(), loc='outside upper center', ncols=7, frameon=False, fontsize=9)
-    figure.supxlabel(note, fontsize=7, color='#666666')
+    figure.legend(
+        *panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False, fontsize=9
+    )
+    figure.supxlabel(note, fontsize=7, color="#666666")
     return figure
 
 # %% ../nbs/60_results.ipynb #c080
 def run_note(
-    runs: list[dict],   # of `read_runs`
+    runs: list[dict],  # of `read_runs`
 ) -> str:
     "One line for the foot of a figure: which runs, of which code."
-    commits = sorted({(run['provenance']['git']['commit'] or 'unknown')[:7] + '+'*bool(run['provenance']['git']['dirty']) for run in runs})
-    conditions = [c for c in CONDITIONS if any(run['condition'] == c for run in runs)]
-    seeds, budgets = (sorted({run[key] for run in runs} - {None}) for key in ('seed', 'token_budget'))
-    return f'{len(runs)} runs: {", ".join(conditions)}; seeds {", ".join(map(str, seeds))}; token budget {", ".join(map(str, budgets))}; commit {", ".join(commits)}'
+    commits = sorted(
+        {
+            (run["provenance"]["git"]["commit"] or "unknown")[:7] + "+" * bool(run["provenance"]["git"]["dirty"])
+            for run in runs
+        }
+    )
+    conditions = [c for c in CONDITIONS if any(run["condition"] == c for run in runs)]
+    seeds, budgets = (sorted({run[key] for run in runs} - {None}) for key in ("seed", "token_budget"))
+    return f"{len(runs)} runs: {', '.join(conditions)}; seeds {', '.join(map(str, seeds))}; token budget {', '.join(map(str, budgets))}; commit {', '.join(commits)}"
 
 # %% ../nbs/60_results.ipynb #c083
 class _Ledger(list):
     def note(self, place, quantity, says, against, value, *, slack=None, bound=False):
         "A row: what `place` says, and `value` from `against`. It agrees to the last digit said, or within `slack`; a bound, if it holds."
-        digits = len(says.partition('.')[2])
-        slack = 0.5*10**-digits if slack is None else slack
+        digits = len(says.partition(".")[2])
+        slack = 0.5 * 10**-digits if slack is None else slack
         agrees = abs(value) <= float(says) + 1e-9 if bound else abs(value - float(says)) <= slack + 1e-9
-        self.append(dict(place=place, quantity=quantity, says=('at most ' if bound else '') + says, against=against,
-                         recomputed=round(value, 4), difference=round((abs(value) if bound else value) - float(says), 4), agrees=agrees))
+        self.append(
+            dict(
+                place=place,
+                quantity=quantity,
+                says=("at most " if bound else "") + says,
+                against=against,
+                recomputed=round(value, 4),
+                difference=round((abs(value) if bound else value) - float(says), 4),
+                agrees=agrees,
+            )
+        )
+
 
 def paper_checks() -> pd.DataFrame:  # place, quantity, says, against, recomputed, difference, agrees
     "The paper's numbers recomputed from its tables, one a line."
-    table = {n: paper_table(n) for n in (1, 2, 4, 5, 6, 7, 8, 9, 12, 'A.8')}
+    table = {n: paper_table(n) for n in (1, 2, 4, 5, 6, 7, 8, 9, 12, "A.8")}
     printed = {n: paper_table(n, printed=True) for n in (1, 2, 4, 5, 9)}
     ledger = _Ledger()
     note = ledger.note
@@ -696,101 +1030,270 @@ def paper_checks() -> pd.DataFrame:  # place, quantity, says, against, recompute
     for n in (1, 4, 5):  # averages and distances of each column
         for c in table[n]:
             for row in [row for row in AVERAGES if row in table[n].index]:
-                note(f'Tab. {n}', f'{c}, {TITLES[row]}', printed[n].loc[row, c], f"Tab. {n}'s benchmarks", table[n].loc[list(AVERAGES[row]), c].mean())
-            if c != 'C0':
-                note(f'Tab. {n}', f'{c}, Δ vs. teacher', printed[n].loc['delta', c], f"Tab. {n}'s averages", table[n].loc['average', c] - table[n].loc['average', 'C0'])
+                note(
+                    f"Tab. {n}",
+                    f"{c}, {TITLES[row]}",
+                    printed[n].loc[row, c],
+                    f"Tab. {n}'s benchmarks",
+                    table[n].loc[list(AVERAGES[row]), c].mean(),
+                )
+            if c != "C0":
+                note(
+                    f"Tab. {n}",
+                    f"{c}, Δ vs. teacher",
+                    printed[n].loc["delta", c],
+                    f"Tab. {n}'s averages",
+                    table[n].loc["average", c] - table[n].loc["average", "C0"],
+                )
     for row in table[2].index:  # what is printed twice
         for c in table[2]:
-            if printed[2].loc[row, c]: note('Tab. 2', f'{c}, {TITLES[row]}', printed[2].loc[row, c], 'Tab. 4', table[4].loc[row, c])
-    for c in ('C0', 'C4'):
+            if printed[2].loc[row, c]:
+                note("Tab. 2", f"{c}, {TITLES[row]}", printed[2].loc[row, c], "Tab. 4", table[4].loc[row, c])
+    for c in ("C0", "C4"):
         for row in printed[5].index:
-            if printed[5].loc[row, c]: note('Tab. 5', f'{c}, {TITLES[row]}', printed[5].loc[row, c], 'Tab. 1', table[1].loc[row, c])
-        note('Tab. 8', f'{c}, OCRBench v2', str(table[8].loc[c, 'ocrbench_v2']), 'Tab. 1', table[1].loc['ocrbench_v2', c])
-    for row in ('ocrbench_v2', 'fine_grained', 'average'):
-        note('Tab. 9', f'C0, {TITLES[row]}', printed[9].loc['C0', row], 'Tab. 1', table[1].loc[row, 'C0'])
-        note('Tab. 9', f'C4 – C3, {TITLES[row]}', printed[9].loc['C4-C3', row], "Tab. 9's means", table[9].loc['C4', row] - table[9].loc['C3', row])
+            if printed[5].loc[row, c]:
+                note("Tab. 5", f"{c}, {TITLES[row]}", printed[5].loc[row, c], "Tab. 1", table[1].loc[row, c])
+        note(
+            "Tab. 8", f"{c}, OCRBench v2", str(table[8].loc[c, "ocrbench_v2"]), "Tab. 1", table[1].loc["ocrbench_v2", c]
+        )
+    for row in ("ocrbench_v2", "fine_grained", "average"):
+        note("Tab. 9", f"C0, {TITLES[row]}", printed[9].loc["C0", row], "Tab. 1", table[1].loc[row, "C0"])
+        note(
+            "Tab. 9",
+            f"C4 – C3, {TITLES[row]}",
+            printed[9].loc["C4-C3", row],
+            "Tab. 9's means",
+            table[9].loc["C4", row] - table[9].loc["C3", row],
+        )
 
     t = table[1]
     step = lambda a, b, row: t.loc[row, a] - t.loc[row, b]
-    for row, says in (('ocrbench_v2', '4.70'), ('fine_grained', '3.50'), ('average', '2.24')): note('Tab. 1', f'C4 – C3, {TITLES[row]}', says, "Tab. 1's columns", step('C4', 'C3', row))
-    for row, says in (('ocrbench_v2', '8.70'), ('average', '5.13')): note('Tab. 1', f'C4 – C1, {TITLES[row]}', says, "Tab. 1's columns", step('C4', 'C1', row))
-    note('Sect. 5.2', 'C1 to C2, average', '2.20', 'Tab. 1', step('C2', 'C1', 'average'))
-    note('Sect. 5.2', 'C2 to C3, average', '0.69', 'Tab. 1', step('C3', 'C2', 'average'))
-    note('Fig. 1', 'C1 loses on OCRBench v2', '13.3', 'Tab. 1', step('C0', 'C1', 'ocrbench_v2'))
-    note('Sect. 1', 'C1 loses on InfoVQA, "13 points"', '13', 'Tab. 1', step('C0', 'C1', 'infovqa'))
-    note('Abstract', 'C1 loses on document tasks, "13 points": DocVQA', '13', 'Tab. 1', step('C0', 'C1', 'docvqa'))
-    note('Abstract', 'C1 loses on OCR and document tasks, "13 points": the average of six', '13', 'Tab. 1', step('C0', 'C1', 'fine_grained'))
-    for row in REASONING: note('Fig. 1', f'C1 to C4 stay within 2 points of the teacher, {TITLES[row]}', '2', 'Tab. 1', max((step('C0', c, row) for c in LADDER[1:]), key=abs), bound=True)
+    for row, says in (("ocrbench_v2", "4.70"), ("fine_grained", "3.50"), ("average", "2.24")):
+        note("Tab. 1", f"C4 – C3, {TITLES[row]}", says, "Tab. 1's columns", step("C4", "C3", row))
+    for row, says in (("ocrbench_v2", "8.70"), ("average", "5.13")):
+        note("Tab. 1", f"C4 – C1, {TITLES[row]}", says, "Tab. 1's columns", step("C4", "C1", row))
+    note("Sect. 5.2", "C1 to C2, average", "2.20", "Tab. 1", step("C2", "C1", "average"))
+    note("Sect. 5.2", "C2 to C3, average", "0.69", "Tab. 1", step("C3", "C2", "average"))
+    note("Fig. 1", "C1 loses on OCRBench v2", "13.3", "Tab. 1", step("C0", "C1", "ocrbench_v2"))
+    note("Sect. 1", 'C1 loses on InfoVQA, "13 points"', "13", "Tab. 1", step("C0", "C1", "infovqa"))
+    note("Abstract", 'C1 loses on document tasks, "13 points": DocVQA', "13", "Tab. 1", step("C0", "C1", "docvqa"))
+    note(
+        "Abstract",
+        'C1 loses on OCR and document tasks, "13 points": the average of six',
+        "13",
+        "Tab. 1",
+        step("C0", "C1", "fine_grained"),
+    )
+    for row in REASONING:
+        note(
+            "Fig. 1",
+            f"C1 to C4 stay within 2 points of the teacher, {TITLES[row]}",
+            "2",
+            "Tab. 1",
+            max((step("C0", c, row) for c in LADDER[1:]), key=abs),
+            bound=True,
+        )
 
     t = table[4]
-    gap = (t['C4+'] - t['C0'])[list(BENCHMARKS)]
-    note('Sect. 5.4', 'C4+ from the teacher, lowest benchmark', '-0.3', 'Tab. 4', gap.min())
-    note('Sect. 5.4', 'C4+ from the teacher, highest benchmark', '1.2', 'Tab. 4', gap.max())
-    note('Sect. 5.4', 'uniform pipelines below the teacher, least', '1.9', 'Tab. 2', -table[2].loc['delta', 'C3+'])
-    note('Sect. 5.4', 'uniform pipelines below the teacher, most', '5.1', 'Tab. 2', -table[2].loc['delta', 'C1+'])
+    gap = (t["C4+"] - t["C0"])[list(BENCHMARKS)]
+    note("Sect. 5.4", "C4+ from the teacher, lowest benchmark", "-0.3", "Tab. 4", gap.min())
+    note("Sect. 5.4", "C4+ from the teacher, highest benchmark", "1.2", "Tab. 4", gap.max())
+    note("Sect. 5.4", "uniform pipelines below the teacher, least", "1.9", "Tab. 2", -table[2].loc["delta", "C3+"])
+    note("Sect. 5.4", "uniform pipelines below the teacher, most", "5.1", "Tab. 2", -table[2].loc["delta", "C1+"])
 
     t = table[6]
-    for teacher, step_said, end_said in zip(t.index, ('3.2', '2.7', '3.7'), ('-0.6', '0.3', '-0.9')):
-        note('A.4', f'C4 – C3, {teacher}', step_said, 'Tab. 6', t.loc[teacher, 'C4'] - t.loc[teacher, 'C3'])
-        note('A.4', f'C4+ from its teacher, {teacher}', end_said, 'Tab. 6', t.loc[teacher, 'C4+'] - t.loc[teacher, 'C0'])
-        note('A.4', f'C4+ within 1 point of its teacher, {teacher}', '1', 'Tab. 6', t.loc[teacher, 'C4+'] - t.loc[teacher, 'C0'], bound=True)
+    for teacher, step_said, end_said in zip(t.index, ("3.2", "2.7", "3.7"), ("-0.6", "0.3", "-0.9")):
+        note("A.4", f"C4 – C3, {teacher}", step_said, "Tab. 6", t.loc[teacher, "C4"] - t.loc[teacher, "C3"])
+        note(
+            "A.4", f"C4+ from its teacher, {teacher}", end_said, "Tab. 6", t.loc[teacher, "C4+"] - t.loc[teacher, "C0"]
+        )
+        note(
+            "A.4",
+            f"C4+ within 1 point of its teacher, {teacher}",
+            "1",
+            "Tab. 6",
+            t.loc[teacher, "C4+"] - t.loc[teacher, "C0"],
+            bound=True,
+        )
 
     t = table[5]
-    note('A.3', 'C5 – C4, OCRBench v2', '0.6', 'Tab. 5', t.loc['ocrbench_v2', 'C5'] - t.loc['ocrbench_v2', 'C4'])
-    note('A.3', 'C5+ – C4+, OCRBench v2', '0.3', 'A.5 (64.2) and Tab. 4', 64.2 - table[4].loc['ocrbench_v2', 'C4+'])
-    note('A.5', 'C5+ – C4+, average ("0.25 on an average")', '0.25', 'A.5 (78.94) and Tab. 4', 78.94 - table[4].loc['average', 'C4+'])
-    note('A.5', 'C5+ – C4+, average ("+0.15 over C4+")', '0.15', 'A.5 (78.94) and Tab. 4', 78.94 - table[4].loc['average', 'C4+'])
-    note('A.5', 'C5+ from the teacher, average', '0.53', 'A.5 (78.94) and Tab. 4', 78.94 - table[4].loc['average', 'C0'])
+    note("A.3", "C5 – C4, OCRBench v2", "0.6", "Tab. 5", t.loc["ocrbench_v2", "C5"] - t.loc["ocrbench_v2", "C4"])
+    note("A.3", "C5+ – C4+, OCRBench v2", "0.3", "A.5 (64.2) and Tab. 4", 64.2 - table[4].loc["ocrbench_v2", "C4+"])
+    note(
+        "A.5",
+        'C5+ – C4+, average ("0.25 on an average")',
+        "0.25",
+        "A.5 (78.94) and Tab. 4",
+        78.94 - table[4].loc["average", "C4+"],
+    )
+    note(
+        "A.5",
+        'C5+ – C4+, average ("+0.15 over C4+")',
+        "0.15",
+        "A.5 (78.94) and Tab. 4",
+        78.94 - table[4].loc["average", "C4+"],
+    )
+    note(
+        "A.5", "C5+ from the teacher, average", "0.53", "A.5 (78.94) and Tab. 4", 78.94 - table[4].loc["average", "C0"]
+    )
 
     t = table[7]
-    for c in ('C1', 'C2', 'C3', 'C4', 'C5'): note('Tab. 7', f'{c}, training relative to KD', f'{t.loc[c, "training_cost"]:.2f}', "Tab. 7's GPU-hours", t.loc[c, 'gpu_hours_2b_tokens']/t.loc['C1', 'gpu_hours_2b_tokens'])
-    note('A.3', 'C5 relative to C4, training', '1.58', "Tab. 7's GPU-hours", t.loc['C5', 'gpu_hours_2b_tokens']/t.loc['C4', 'gpu_hours_2b_tokens'])
-    note('Sect. 5.4', 'time to first token at 32k, teacher over hybrid', '2.8', 'Tab. 7', t.loc['C0', 'ttft_32k_s']/t.loc['C4', 'ttft_32k_s'])
-    note('Abstract', 'memory saving at 128k, %', '68', 'Tab. 7', 100*(1 - t.loc['C4', 'peak_memory_128k']))
+    for c in ("C1", "C2", "C3", "C4", "C5"):
+        note(
+            "Tab. 7",
+            f"{c}, training relative to KD",
+            f"{t.loc[c, 'training_cost']:.2f}",
+            "Tab. 7's GPU-hours",
+            t.loc[c, "gpu_hours_2b_tokens"] / t.loc["C1", "gpu_hours_2b_tokens"],
+        )
+    note(
+        "A.3",
+        "C5 relative to C4, training",
+        "1.58",
+        "Tab. 7's GPU-hours",
+        t.loc["C5", "gpu_hours_2b_tokens"] / t.loc["C4", "gpu_hours_2b_tokens"],
+    )
+    note(
+        "Sect. 5.4",
+        "time to first token at 32k, teacher over hybrid",
+        "2.8",
+        "Tab. 7",
+        t.loc["C0", "ttft_32k_s"] / t.loc["C4", "ttft_32k_s"],
+    )
+    note("Abstract", "memory saving at 128k, %", "68", "Tab. 7", 100 * (1 - t.loc["C4", "peak_memory_128k"]))
 
     t = table[8].ocrbench_v2
-    note('A.6', 'C4 over –Residual', '2.5', 'Tab. 8', t['C4'] - t['-Residual'])
-    t = table['A.8']
-    for k, says in ((10, '2.5'), (25, '5.2'), (50, '4.7')): note('A.8', f'density over random, k = {k}', says, 'A.8', t.loc[k, 'density'] - t.loc[k, 'random'])
-    note('A.8', 'k = 0, "the C1 baseline"', str(t.loc[0, 'density']), 'Tab. 1, C1', table[1].loc['ocrbench_v2', 'C1'])
-    note('A.8', 'k = 0: no position upweighted, which is uniform alignment', str(t.loc[0, 'density']), 'Tab. 1, C3', table[1].loc['ocrbench_v2', 'C3'])
-    note('A.9', 'C4 – C3 at 500M "matches" 2B, OCRBench v2', '4.8', 'Tab. 1', table[1].loc['C4-C3 ocrbench_v2', 'C4'], slack=0.42)
-    for row, says, se in (('fine_grained', '2.44', 0.37), ('average', '1.58', 0.26)): note('A.9', f'C4 – C3 at 500M and at 2B, {TITLES[row]}', says, 'Tab. 1', table[1].loc[f'C4-C3 {row}', 'C4'], slack=se)
-    for row in ('ocrbench_v2', 'fine_grained', 'average'):
-        sd = table[9][f'{row}_spread']
-        note('Tab. 9', f'SE of the paired C4 – C3, {TITLES[row]}', printed[9].loc['C4-C3', f'{row}_spread'], "Tab. 9's standard deviations, as if unpaired", ((sd['C3']**2 + sd['C4']**2)/3)**0.5)
+    note("A.6", "C4 over –Residual", "2.5", "Tab. 8", t["C4"] - t["-Residual"])
+    t = table["A.8"]
+    for k, says in ((10, "2.5"), (25, "5.2"), (50, "4.7")):
+        note("A.8", f"density over random, k = {k}", says, "A.8", t.loc[k, "density"] - t.loc[k, "random"])
+    note("A.8", 'k = 0, "the C1 baseline"', str(t.loc[0, "density"]), "Tab. 1, C1", table[1].loc["ocrbench_v2", "C1"])
+    note(
+        "A.8",
+        "k = 0: no position upweighted, which is uniform alignment",
+        str(t.loc[0, "density"]),
+        "Tab. 1, C3",
+        table[1].loc["ocrbench_v2", "C3"],
+    )
+    note(
+        "A.9",
+        'C4 – C3 at 500M "matches" 2B, OCRBench v2',
+        "4.8",
+        "Tab. 1",
+        table[1].loc["C4-C3 ocrbench_v2", "C4"],
+        slack=0.42,
+    )
+    for row, says, se in (("fine_grained", "2.44", 0.37), ("average", "1.58", 0.26)):
+        note(
+            "A.9",
+            f"C4 – C3 at 500M and at 2B, {TITLES[row]}",
+            says,
+            "Tab. 1",
+            table[1].loc[f"C4-C3 {row}", "C4"],
+            slack=se,
+        )
+    for row in ("ocrbench_v2", "fine_grained", "average"):
+        sd = table[9][f"{row}_spread"]
+        note(
+            "Tab. 9",
+            f"SE of the paired C4 – C3, {TITLES[row]}",
+            printed[9].loc["C4-C3", f"{row}_spread"],
+            "Tab. 9's standard deviations, as if unpaired",
+            ((sd["C3"] ** 2 + sd["C4"] ** 2) / 3) ** 0.5,
+        )
 
-    note('Sect. 3.2', 'drift, top over bottom decile', '3.6', 'Sect. 3.2 (0.281, 0.078)', 0.281/0.078)
-    note('Sect. 3.2', 'answer score, top over bottom decile', '3.5', 'Sect. 3.2 (0.143, 0.041)', 0.143/0.041)
-    note('Sect. 3.2', "density's share over the next", '3', 'Sect. 3.2 (0.30, 0.10)', 0.30/0.10)
-    note('Sect. 3.2', 'joint R², were nothing shared between the factors', '0.53', 'Sect. 3.2 (0.30 + 0.10 + 0.08 + 0.05)', 0.30 + 0.10 + 0.08 + 0.05)
-    note('A.7', 'unexplained variance', '0.47', 'Sect. 3.2', 1 - 0.53)
-    note('Sect. 3.2', "token type's unique share once density is in the model, \"0.04-0.06\"", '0.05', 'Sect. 3.2, same quantity ("token type 0.10")', 0.10, slack=0.01)
+    note("Sect. 3.2", "drift, top over bottom decile", "3.6", "Sect. 3.2 (0.281, 0.078)", 0.281 / 0.078)
+    note("Sect. 3.2", "answer score, top over bottom decile", "3.5", "Sect. 3.2 (0.143, 0.041)", 0.143 / 0.041)
+    note("Sect. 3.2", "density's share over the next", "3", "Sect. 3.2 (0.30, 0.10)", 0.30 / 0.10)
+    note(
+        "Sect. 3.2",
+        "joint R², were nothing shared between the factors",
+        "0.53",
+        "Sect. 3.2 (0.30 + 0.10 + 0.08 + 0.05)",
+        0.30 + 0.10 + 0.08 + 0.05,
+    )
+    note("A.7", "unexplained variance", "0.47", "Sect. 3.2", 1 - 0.53)
+    note(
+        "Sect. 3.2",
+        'token type\'s unique share once density is in the model, "0.04-0.06"',
+        "0.05",
+        'Sect. 3.2, same quantity ("token type 0.10")',
+        0.10,
+        slack=0.01,
+    )
 
     t = table[12]
-    share = 100*t.samples/t.samples.sum()
-    note('Tab. 12', 'samples, millions', '1.34', "Tab. 12's rows", t.samples.sum()/1e6)
-    for i in t.index: note('Tab. 12', f'{t.source[i]}, %', str(t.percent[i]), "Tab. 12's samples", share[i])
-    note('C.4', 'SFT mixture, %', '100', 'C.4 (40 + 25 + 15 + 15 + 5)', 40 + 25 + 15 + 15 + 5)
-    note('C.5', 'DPO pairs, thousands', '150', 'C.5 (100 + 25 + 15 + 10)', 100 + 25 + 15 + 10)
-    note('B.2', 'visual share of the tokens, %', '18', 'B.2 (60 % of 30 %)', 60*0.30)
-    note('B.2', 'cached scalars, millions', '360', 'B.2 (18 % of 2B)', 0.18*2000)
+    share = 100 * t.samples / t.samples.sum()
+    note("Tab. 12", "samples, millions", "1.34", "Tab. 12's rows", t.samples.sum() / 1e6)
+    for i in t.index:
+        note("Tab. 12", f"{t.source[i]}, %", str(t.percent[i]), "Tab. 12's samples", share[i])
+    note("C.4", "SFT mixture, %", "100", "C.4 (40 + 25 + 15 + 15 + 5)", 40 + 25 + 15 + 15 + 5)
+    note("C.5", "DPO pairs, thousands", "150", "C.5 (100 + 25 + 15 + 10)", 100 + 25 + 15 + 10)
+    note("B.2", "visual share of the tokens, %", "18", "B.2 (60 % of 30 %)", 60 * 0.30)
+    note("B.2", "cached scalars, millions", "360", "B.2 (18 % of 2B)", 0.18 * 2000)
     images = t.samples.sum() - t.samples[:2].sum()
-    note('B.2', 'density cache, MB, "approximately 500"', '500', 'B.2: 360M at 4 bits, and 128 bytes of header and alignment for each of 540,000 samples with images', (360e6/2 + 128*images)/1e6, slack=50)
+    note(
+        "B.2",
+        'density cache, MB, "approximately 500"',
+        "500",
+        "B.2: 360M at 4 bits, and 128 bytes of header and alignment for each of 540,000 samples with images",
+        (360e6 / 2 + 128 * images) / 1e6,
+        slack=50,
+    )
     return pd.DataFrame(ledger)
 
 # %% ../nbs/60_results.ipynb #c086
 PAPER_WORDS = (  # place, what it says, elsewhere, what that says
-    ('A.6, Tab. 8', 'ablations: 2B tokens, one seed, no spread printed', 'C.1; B.3', 'ablations: 500M tokens, three seeds with ± 1σ; +LD raises the variance "at the 500M-token budget"'),
-    ('Sect. 4.1', 'Stage 3: "full model trains end-to-end"', 'C.3, Tab. 11', '"only the replacement Mamba-2 blocks receive gradients in any stage"'),
-    ('Sect. 3.1', 'answer importance: the token hidden from attention', 'Fig. 3B', '"residual-ablation effect"'),
-    ('A.9, C.1', 'a second C3/C4 seed at 2B tokens "(Sect. 5.3)"', 'Sect. 5.3', 'only the 500M replication; the second seed has no number anywhere'),
-    ('Sect. 4.2', 'density normalised "within each image", Σ w = T "per image" (Sect. 4.3)', 'C.5', '"within each sample", which may hold several images'),
-    ('Algorithm 1', 'text takes part in the min-max (line 4 after line 3)', 'Sect. 4.2, B.1', '"normalize density within each image", of visual patches'),
-    ('Algorithm 1', 'w(p) of every position is quantised and cached', 'B.2, C.5', 'only visual positions are cached; text is derived at runtime'),
-    ('A.8', 'the continuous weighting "is shown in Fig. 3"', 'Fig. 3', 'shows drift and masking; the curves of A.8 have no figure'),
-    ('Sect. 1', 'mmMamba loses 18.3 points on TextVQA, as a "hybrid VLM"', 'Sect. 2', '18.3 is its variant with 100 % Mamba-2; the hybrid of 75 % loses 10.9'),
-    ('A.10', "the ViT's 14×14 patches", "the teacher's configuration", 'Qwen3-VL has patches of 16×16'),
+    (
+        "A.6, Tab. 8",
+        "ablations: 2B tokens, one seed, no spread printed",
+        "C.1; B.3",
+        'ablations: 500M tokens, three seeds with ± 1σ; +LD raises the variance "at the 500M-token budget"',
+    ),
+    (
+        "Sect. 4.1",
+        'Stage 3: "full model trains end-to-end"',
+        "C.3, Tab. 11",
+        '"only the replacement Mamba-2 blocks receive gradients in any stage"',
+    ),
+    ("Sect. 3.1", "answer importance: the token hidden from attention", "Fig. 3B", '"residual-ablation effect"'),
+    (
+        "A.9, C.1",
+        'a second C3/C4 seed at 2B tokens "(Sect. 5.3)"',
+        "Sect. 5.3",
+        "only the 500M replication; the second seed has no number anywhere",
+    ),
+    (
+        "Sect. 4.2",
+        'density normalised "within each image", Σ w = T "per image" (Sect. 4.3)',
+        "C.5",
+        '"within each sample", which may hold several images',
+    ),
+    (
+        "Algorithm 1",
+        "text takes part in the min-max (line 4 after line 3)",
+        "Sect. 4.2, B.1",
+        '"normalize density within each image", of visual patches',
+    ),
+    (
+        "Algorithm 1",
+        "w(p) of every position is quantised and cached",
+        "B.2, C.5",
+        "only visual positions are cached; text is derived at runtime",
+    ),
+    (
+        "A.8",
+        'the continuous weighting "is shown in Fig. 3"',
+        "Fig. 3",
+        "shows drift and masking; the curves of A.8 have no figure",
+    ),
+    (
+        "Sect. 1",
+        'mmMamba loses 18.3 points on TextVQA, as a "hybrid VLM"',
+        "Sect. 2",
+        "18.3 is its variant with 100 % Mamba-2; the hybrid of 75 % loses 10.9",
+    ),
+    ("A.10", "the ViT's 14×14 patches", "the teacher's configuration", "Qwen3-VL has patches of 16×16"),
 )
 
 # %% ../nbs/60_results.ipynb #c090
@@ -803,40 +1306,51 @@ def paper_value(
     expression: str,  # "0.63", "0.143 - 0.041", or cells "TABLE[ROW COLUMN]" with + - and / between
 ) -> float:
     "A number of the paper, read from its tables where they hold it. Raises ValueError on anything but numbers and cells."
+
     def cell(match):
         table, row, column = match.groups()
         frame = paper_table(int(table) if table.isdecimal() else table)
         frame.index = frame.index.astype(str)
-        if row not in frame.index or column not in frame: raise ValueError(f'no cell {match[0]} in the paper\'s tables')
+        if row not in frame.index or column not in frame:
+            raise ValueError(f"no cell {match[0]} in the paper's tables")
         return repr(float(frame.loc[row, column]))
-    numbers = re.sub(r'([\w.]+)\[(.+?) (\S+?)\]', cell, expression)
-    if not re.fullmatch(r'[-\d.\s+/e]+', numbers): raise ValueError(f'{expression!r} is no number of the paper')
-    total = re.split(r'\s+([-+/])\s+', numbers)
+
+    numbers = re.sub(r"([\w.]+)\[(.+?) (\S+?)\]", cell, expression)
+    if not re.fullmatch(r"[-\d.\s+/e]+", numbers):
+        raise ValueError(f"{expression!r} is no number of the paper")
+    total = re.split(r"\s+([-+/])\s+", numbers)
     value = float(total[0])
-    for sign, term in zip(total[1::2], map(float, total[2::2])): value = value/term if sign == '/' else value + term if sign == '+' else value - term
+    for sign, term in zip(total[1::2], map(float, total[2::2])):
+        value = value / term if sign == "/" else value + term if sign == "+" else value - term
     return round(value, 6)
+
 
 @cache
 def paper_claims() -> pd.DataFrame:  # id, place, claim, paper, spread, unit, measure, rule
     "The lines of claims.csv, `paper` as a number; NaN where the paper says a direction alone."
-    frame = pd.read_csv(PAPER/'claims.csv', dtype=str, keep_default_na=False)
-    cells = lambda text: re.sub(r'[\w.]+\[.+?\]', lambda match: f'{paper_value(match[0]):g}', text)
-    return frame.assign(paper=[paper_value(text) if text else float('nan') for text in frame.paper], spread=frame.spread.map(cells))
+    frame = pd.read_csv(PAPER / "claims.csv", dtype=str, keep_default_na=False)
+    cells = lambda text: re.sub(r"[\w.]+\[.+?\]", lambda match: f"{paper_value(match[0]):g}", text)
+    return frame.assign(
+        paper=[paper_value(text) if text else float("nan") for text in frame.paper], spread=frame.spread.map(cells)
+    )
 
 # %% ../nbs/60_results.ipynb #c093
 @dataclass(frozen=True)
 class Measured:
     "What a measure found."
+
     value: float | None = None
-    low: float | None = None    # of the 95 % interval; None: there is none
+    low: float | None = None  # of the 95 % interval; None: there is none
     high: float | None = None
-    n: str = ''                 # "3 seeds", "100 images, 3 seeds"
-    files: tuple = ()           # (run of `read_runs`, kind)
-    why: str = ''               # why it can't be judged; '': it can
-    tied: bool = False          # it was measured, and has no spread to be judged by
+    n: str = ""  # "3 seeds", "100 images, 3 seeds"
+    files: tuple = ()  # (run of `read_runs`, kind)
+    why: str = ""  # why it can't be judged; '': it can
+    tied: bool = False  # it was measured, and has no spread to be judged by
+
 
 class Evidence:
     "The run files of a scale, read once."
+
     def __init__(
         self,
         folder: str | PurePath,  # outputs/SCALE/runs
@@ -846,204 +1360,372 @@ class Evidence:
 
     def runs(self, kind: str, teacher: str | None = None) -> list[dict]:
         "Of `read_runs`."
-        if (kind, teacher) not in self.read: self.read[kind, teacher] = read_runs(self.folder, kind, teacher)
+        if (kind, teacher) not in self.read:
+            self.read[kind, teacher] = read_runs(self.folder, kind, teacher)
         return self.read[kind, teacher]
 
     def by_seed(self, kind: str, condition: str, budget: int | None = None, teacher: str | None = None) -> dict:
         "A condition's runs at a budget (None: the scale's) by seed; the teacher's under None."
-        return {run['seed']: run for run in self.runs(kind, teacher) if run['condition'] == condition and run['token_budget'] in (None, budget or self.scale.token_budget)}
+        return {
+            run["seed"]: run
+            for run in self.runs(kind, teacher)
+            if run["condition"] == condition and run["token_budget"] in (None, budget or self.scale.token_budget)
+        }
+
 
 def _over_seeds(values, files):
-    if len(values) == 1: return Measured(values[0], n='1 seed', files=files, why='one seed')
+    if len(values) == 1:
+        return Measured(values[0], n="1 seed", files=files, why="one seed")
     n, mean = len(values), fmean(values)
-    if len({round(v, 9) for v in values}) == 1: return Measured(mean, n=f'{n} seeds', files=files, why='the seeds agree exactly: no spread to judge by', tied=True)
-    half = student_t(n - 1)*stdev(values)/n**0.5
-    return Measured(mean, mean - half, mean + half, f'{n} seeds', files)
+    if len({round(v, 9) for v in values}) == 1:
+        return Measured(
+            mean, n=f"{n} seeds", files=files, why="the seeds agree exactly: no spread to judge by", tied=True
+        )
+    half = student_t(n - 1) * stdev(values) / n**0.5
+    return Measured(mean, mean - half, mean + half, f"{n} seeds", files)
+
 
 def _paired(evidence, kind, conditions, budget=None, teacher=None):
     "[{condition: run}, ...] over the seeds that all have, and the files; or why there are none."
     of = {c: evidence.by_seed(kind, c, budget, teacher) for c in dict.fromkeys(conditions)}
-    if absent := [c for c, runs in of.items() if not runs]: return [], (), f'no {kind}.json of {", ".join(absent)} at {budget or evidence.scale.token_budget:,} tokens'
-    seeds = sorted(set.intersection(*(set(runs) for c, runs in of.items() if c != 'C0')))
-    if not seeds: return [], (), f'no seed has all of {", ".join(of)}'
-    rows = [{c: runs[None if c == 'C0' else seed] for c, runs in of.items()} for seed in seeds]
-    return rows, tuple((run, kind) for c in of for run in {row[c]['name']: row[c] for row in rows}.values()), ''
+    if absent := [c for c, runs in of.items() if not runs]:
+        return [], (), f"no {kind}.json of {', '.join(absent)} at {budget or evidence.scale.token_budget:,} tokens"
+    seeds = sorted(set.intersection(*(set(runs) for c, runs in of.items() if c != "C0")))
+    if not seeds:
+        return [], (), f"no seed has all of {', '.join(of)}"
+    rows = [{c: runs[None if c == "C0" else seed] for c, runs in of.items()} for seed in seeds]
+    return rows, tuple((run, kind) for c in of for run in {row[c]["name"]: row[c] for row in rows}.values()), ""
+
 
 def _points_by_seed(evidence, *terms, budget=None, teacher=None):  # (sign, condition, row), ...
     "{seed: sum of the terms}, and the files; or why there are none."
-    rows, files, why = _paired(evidence, 'evaluate', [c for _, c, _ in terms], budget, teacher)
+    rows, files, why = _paired(evidence, "evaluate", [c for _, c, _ in terms], budget, teacher)
     keys = {row: AVERAGES.get(row, (row,)) for _, _, row in terms}
     wanted = {key for needed in keys.values() for key in needed}
     for run, _ in files:
-        if lacking := wanted - set(run['numbers']['scores']): return {}, files, f'{run["name"]} lacks {min(lacking)}'
-    if len({tuple(run['numbers']['n'][key] for key in sorted(wanted)) for run, _ in files}) > 1: return {}, files, 'the runs answered different numbers of questions'
-    score = lambda run, row: fmean(run['numbers']['scores'][key] for key in keys[row])
-    return {next(run['seed'] for run in row.values() if run['seed'] is not None): sum(sign*score(row[c], key) for sign, c, key in terms) for row in rows}, files, why
+        if lacking := wanted - set(run["numbers"]["scores"]):
+            return {}, files, f"{run['name']} lacks {min(lacking)}"
+    if len({tuple(run["numbers"]["n"][key] for key in sorted(wanted)) for run, _ in files}) > 1:
+        return {}, files, "the runs answered different numbers of questions"
+    score = lambda run, row: fmean(run["numbers"]["scores"][key] for key in keys[row])
+    return (
+        {
+            next(run["seed"] for run in row.values() if run["seed"] is not None): sum(
+                sign * score(row[c], key) for sign, c, key in terms
+            )
+            for row in rows
+        },
+        files,
+        why,
+    )
+
 
 def _points(evidence, *terms, over=_over_seeds, **of):
     values, files, why = _points_by_seed(evidence, *terms, **of)
-    if why: return Measured(files=files, why=why)
+    if why:
+        return Measured(files=files, why=why)
     found = over(list(values.values()), files)
     keys = {key for _, _, row in terms for key in AVERAGES.get(row, (row,))}
-    ceiling = all(run['numbers']['scores'][key] == 100 for run, _ in files for key in keys)
-    return replace(found, why='at the ceiling: every score is 100') if found.tied and ceiling else found
+    ceiling = all(run["numbers"]["scores"][key] == 100 for run, _ in files for key in keys)
+    return replace(found, why="at the ceiling: every score is 100") if found.tied and ceiling else found
 
-def _contrast(evidence, a, b, row, **of): return _points(evidence, (1, a, row), (-1, b, row), **of)
+
+def _contrast(evidence, a, b, row, **of):
+    return _points(evidence, (1, a, row), (-1, b, row), **of)
+
 
 def _selectivity(evidence, a, b):
-    return _points(evidence, (1, a, 'fine_grained'), (-1, b, 'fine_grained'), (-1, a, 'reasoning'), (1, b, 'reasoning'))
+    return _points(evidence, (1, a, "fine_grained"), (-1, b, "fine_grained"), (-1, a, "reasoning"), (1, b, "reasoning"))
 
-def _steps(evidence, a, b, c, d, row): return _points(evidence, (1, a, row), (-1, b, row), (-1, c, row), (1, d, row))
+
+def _steps(evidence, a, b, c, d, row):
+    return _points(evidence, (1, a, row), (-1, b, row), (-1, c, row), (1, d, row))
+
 
 def _gain(evidence, a, b, c, row):  # a - b, or what of it is beyond c - a: the one whose interval begins lower
-    return min(_contrast(evidence, a, b, row), _steps(evidence, a, b, c, a, row), key=lambda found: -math.inf if found.low is None else found.low)
+    return min(
+        _contrast(evidence, a, b, row),
+        _steps(evidence, a, b, c, a, row),
+        key=lambda found: -math.inf if found.low is None else found.low,
+    )
+
 
 def _on_family(evidence, family, a, b, row):
     for path in evidence.scale.teachers:
         teacher = evidence.scale.get_teacher(path)[1]
-        if teacher and _family(evidence.runs('evaluate', teacher)) == family: return _contrast(evidence, a, b, row, teacher=teacher)
-    return Measured(why=f'no evaluate.json with a teacher of the family {family}')
+        if teacher and _family(evidence.runs("evaluate", teacher)) == family:
+            return _contrast(evidence, a, b, row, teacher=teacher)
+    return Measured(why=f"no evaluate.json with a teacher of the family {family}")
+
 
 def _quarter(evidence):  # the scale's budget nearest to a quarter of Table 1's, within a factor of 1.5
-    quarter = evidence.scale.token_budget/4
-    near = [b for b in evidence.scale.budgets if quarter/1.5 <= b <= 1.5*quarter]
-    return min(near, key=lambda b: abs(math.log(b/quarter)), default=None)
+    quarter = evidence.scale.token_budget / 4
+    near = [b for b in evidence.scale.budgets if quarter / 1.5 <= b <= 1.5 * quarter]
+    return min(near, key=lambda b: abs(math.log(b / quarter)), default=None)
+
 
 def _at_quarter(measure):
     def at(evidence, *words):
         budget = _quarter(evidence)
-        return measure(evidence, *words, budget=budget) if budget else Measured(why="the scale has no budget near a quarter of Table 1's")
+        return (
+            measure(evidence, *words, budget=budget)
+            if budget
+            else Measured(why="the scale has no budget near a quarter of Table 1's")
+        )
+
     return at
 
+
 def _from_full(evidence, a, b, row, budget):  # a - b at a budget less a - b at the scale's, by seed
-    (early, files, why), (full, others, why_full) = (_points_by_seed(evidence, (1, a, row), (-1, b, row), budget=at) for at in (budget, None))
-    if why or why_full: return Measured(files=files + others, why=why or why_full)
-    if not (both := sorted(early.keys() & full.keys())): return Measured(files=files + others, why='no seed has both budgets')
-    return _over_seeds([early[seed] - full[seed] for seed in both], tuple(of for of in files + others if of[0]['seed'] in both))
+    (early, files, why), (full, others, why_full) = (
+        _points_by_seed(evidence, (1, a, row), (-1, b, row), budget=at) for at in (budget, None)
+    )
+    if why or why_full:
+        return Measured(files=files + others, why=why or why_full)
+    if not (both := sorted(early.keys() & full.keys())):
+        return Measured(files=files + others, why="no seed has both budgets")
+    return _over_seeds(
+        [early[seed] - full[seed] for seed in both], tuple(of for of in files + others if of[0]["seed"] in both)
+    )
+
 
 def _deviation(values, files):
-    if len(values) == 1: return Measured(n='1 seed', files=files, why='one seed')
-    return Measured(stdev(values), n=f'{len(values)} seeds', files=files)
+    if len(values) == 1:
+        return Measured(n="1 seed", files=files, why="one seed")
+    return Measured(stdev(values), n=f"{len(values)} seeds", files=files)
 
-def _spread(evidence, condition, row, **of): return _points(evidence, (1, condition, row), over=_deviation, **of)
+
+def _spread(evidence, condition, row, **of):
+    return _points(evidence, (1, condition, row), over=_deviation, **of)
+
 
 def _spread_ratio(evidence, a, b, row):
     "Of the standard deviations over the seeds that both have, with Pitman's interval: pairs correlate."
-    of_a, of_b, of_gap = (_points(evidence, (x, a, row), (y, b, row), over=_deviation) for x, y in ((1, 0), (0, 1), (1, -1)))
-    if of_a.why: return of_a
+    of_a, of_b, of_gap = (
+        _points(evidence, (x, a, row), (y, b, row), over=_deviation) for x, y in ((1, 0), (0, 1), (1, -1))
+    )
+    if of_a.why:
+        return of_a
     degrees = int(of_a.n.split()[0]) - 2
-    if not degrees or not of_a.value*of_b.value: return Measured(n=of_a.n, files=of_a.files, why='two seeds' if not degrees else 'the seeds agree exactly: no spread to judge by', tied=degrees > 0)
-    correlation = (of_a.value**2 + of_b.value**2 - of_gap.value**2)/(2*of_a.value*of_b.value)
-    k = 1 + 2*(1 - correlation**2)*student_t(degrees)**2/degrees
-    ratio, factor = of_a.value/of_b.value, (k + (k*k - 1)**0.5)**0.5
-    return Measured(ratio, ratio/factor, ratio*factor, of_a.n, of_a.files)
+    if not degrees or not of_a.value * of_b.value:
+        return Measured(
+            n=of_a.n,
+            files=of_a.files,
+            why="two seeds" if not degrees else "the seeds agree exactly: no spread to judge by",
+            tied=degrees > 0,
+        )
+    correlation = (of_a.value**2 + of_b.value**2 - of_gap.value**2) / (2 * of_a.value * of_b.value)
+    k = 1 + 2 * (1 - correlation**2) * student_t(degrees) ** 2 / degrees
+    ratio, factor = of_a.value / of_b.value, (k + (k * k - 1) ** 0.5) ** 0.5
+    return Measured(ratio, ratio / factor, ratio * factor, of_a.n, of_a.files)
+
 
 def _cost(evidence, a, b):
-    rows, files, why = _paired(evidence, 'distill', [a, b])
-    if why: return Measured(why=why)
-    where = {(run['provenance']['device'], run['provenance']['threads']) for run, _ in files}
-    if len(where) > 1: return Measured(files=files, why='timed on different machines or threads')
-    rate = lambda run: run['numbers']['seconds']/run['numbers']['tokens']
-    return _over_seeds([rate(row[a])/rate(row[b]) for row in rows], files)
+    rows, files, why = _paired(evidence, "distill", [a, b])
+    if why:
+        return Measured(why=why)
+    where = {(run["provenance"]["device"], run["provenance"]["threads"]) for run, _ in files}
+    if len(where) > 1:
+        return Measured(files=files, why="timed on different machines or threads")
+    rate = lambda run: run["numbers"]["seconds"] / run["numbers"]["tokens"]
+    return _over_seeds([rate(row[a]) / rate(row[b]) for row in rows], files)
+
 
 def _parameters(evidence, a, b):  # of a's student beyond b's, or beyond the teacher for C0, %
-    rows, files, why = _paired(evidence, 'distill', [c for c in (a, b) if c != 'C0'])
-    if why: return Measured(why=why)
-    if not all('parameters' in run['numbers'] for run, _ in files): return Measured(files=files, why='a run file has no count of parameters')
-    count = lambda row, c: row[a]['numbers']['parameters']['teacher'] if c == 'C0' else row[c]['numbers']['parameters']['student']
-    return Measured(max(100*(count(row, a)/count(row, b) - 1) for row in rows), n=f'{len(rows)} seed{"s"*(len(rows) > 1)}', files=files)
+    rows, files, why = _paired(evidence, "distill", [c for c in (a, b) if c != "C0"])
+    if why:
+        return Measured(why=why)
+    if not all("parameters" in run["numbers"] for run, _ in files):
+        return Measured(files=files, why="a run file has no count of parameters")
+    count = lambda row, c: (
+        row[a]["numbers"]["parameters"]["teacher"] if c == "C0" else row[c]["numbers"]["parameters"]["student"]
+    )
+    return Measured(
+        max(100 * (count(row, a) / count(row, b) - 1) for row in rows),
+        n=f"{len(rows)} seed{'s' * (len(rows) > 1)}",
+        files=files,
+    )
+
 
 def _over_images(evidence, find):
-    rows, files, why = _paired(evidence, 'diagnose', ['C1'])
-    if why: return Measured(why=why)
-    found = [find(row['C1']['numbers']) for row in rows]
-    images = sorted({row['C1']['numbers']['images'] for row in rows})
-    n = f'{" or ".join(map(str, images))} images, {len(rows)} seed{"s"*(len(rows) > 1)}'
-    if lacking := [f for f in found if f['value'] is None]: return Measured(n=n, files=files, why=lacking[0].get('why', 'no ratio: the least dense tenth is not above 0 in every resample'))
-    low, high = ([f[end] for f in found] if found[0][end] is not None else None for end in ('low', 'high'))
-    return Measured(fmean(f['value'] for f in found), low and min(low), high and max(high), n, files)
+    rows, files, why = _paired(evidence, "diagnose", ["C1"])
+    if why:
+        return Measured(why=why)
+    found = [find(row["C1"]["numbers"]) for row in rows]
+    images = sorted({row["C1"]["numbers"]["images"] for row in rows})
+    n = f"{' or '.join(map(str, images))} images, {len(rows)} seed{'s' * (len(rows) > 1)}"
+    if lacking := [f for f in found if f["value"] is None]:
+        return Measured(
+            n=n,
+            files=files,
+            why=lacking[0].get("why", "no ratio: the least dense tenth is not above 0 in every resample"),
+        )
+    low, high = ([f[end] for f in found] if found[0][end] is not None else None for end in ("low", "high"))
+    return Measured(fmean(f["value"] for f in found), low and min(low), high and max(high), n, files)
+
 
 def _decile(evidence, curve, kind):
-    return _over_images(evidence, lambda numbers: numbers['deciles'].get(curve, {kind: dict(value=None, why='the diagnosis has no such curve')})[kind])
+    return _over_images(
+        evidence,
+        lambda numbers: numbers["deciles"].get(curve, {kind: dict(value=None, why="the diagnosis has no such curve")})[
+            kind
+        ],
+    )
 
-def _unique(numbers): return {name: fitted['semi_partial'] for name, fitted in numbers['regressions']['drift']['predictors'].items()}
+
+def _unique(numbers):
+    return {name: fitted["semi_partial"] for name, fitted in numbers["regressions"]["drift"]["predictors"].items()}
+
 
 def _failures(evidence, a, b):  # of OCRBench v2's questions that both fail, the share whose failure has a kind, %
-    if evidence.scale.data != 'toyworld': return Measured(why='the kinds of failure are told from toy pages')
-    rows, files, why = _paired(evidence, 'evaluate', [a, b])
-    if why: return Measured(why=why)
-    try: found = [joint_failures(pair_answers(row[a], row[b])).query("benchmark == 'ocrbench_v2'").kind for row in rows]
-    except ValueError as error: return Measured(files=files, why=str(error))
-    if not all(map(len, found)): return Measured(files=files, why=f'a seed has no question of OCRBench v2 that both {a} and {b} fail')
-    return _over_seeds([100*(kinds != 'other').mean() for kinds in found], files)
+    if evidence.scale.data != "toyworld":
+        return Measured(why="the kinds of failure are told from toy pages")
+    rows, files, why = _paired(evidence, "evaluate", [a, b])
+    if why:
+        return Measured(why=why)
+    try:
+        found = [joint_failures(pair_answers(row[a], row[b])).query("benchmark == 'ocrbench_v2'").kind for row in rows]
+    except ValueError as error:
+        return Measured(files=files, why=str(error))
+    if not all(map(len, found)):
+        return Measured(files=files, why=f"a seed has no question of OCRBench v2 that both {a} and {b} fail")
+    return _over_seeds([100 * (kinds != "other").mean() for kinds in found], files)
+
 
 def _lead(evidence, predictor):
     def over_next(numbers):
-        shares = {name: share['value'] for name, share in _unique(numbers).items()}
-        return dict(value=shares.pop(predictor)/max(shares.values()), low=None, high=None)
+        shares = {name: share["value"] for name, share in _unique(numbers).items()}
+        return dict(value=shares.pop(predictor) / max(shares.values()), low=None, high=None)
+
     return _over_images(evidence, over_next)
 
+
 def _correlation(evidence, *words):
-    def found(numbers): return numbers.get('correlations', {}).get(' '.join(words)) or dict(value=None)
-    return _over_images(evidence, lambda numbers: found(numbers) | dict(why='the diagnosis found no order to correlate'))
+    def found(numbers):
+        return numbers.get("correlations", {}).get(" ".join(words)) or dict(value=None)
+
+    return _over_images(
+        evidence, lambda numbers: found(numbers) | dict(why="the diagnosis found no order to correlate")
+    )
+
 
 def _correlation_at(evidence, at, *words):  # p5 and p95 of images, least and most of pairs of layers
-    def found(numbers): return dict(value=numbers.get('correlations', {}).get(' '.join(words), {}).get(at), low=None, high=None)
-    return _over_images(evidence, lambda numbers: found(numbers) | dict(why='the diagnosis found no order to correlate'))
+    def found(numbers):
+        return dict(value=numbers.get("correlations", {}).get(" ".join(words), {}).get(at), low=None, high=None)
+
+    return _over_images(
+        evidence, lambda numbers: found(numbers) | dict(why="the diagnosis found no order to correlate")
+    )
+
 
 MEASURED: dict[str, Callable] = dict(  # name -> (evidence, words...) -> Measured
-    contrast=_contrast, selectivity=_selectivity, steps=_steps, gain=_gain, family=_on_family, quarter=_at_quarter(_contrast), quarter_from_full=_at_quarter(_from_full),
-    spread=_spread, spread_ratio=_spread_ratio, quarter_spread=_at_quarter(_spread), cost=_cost, parameters=_parameters, decile=_decile,
-    r2=lambda evidence: _over_images(evidence, lambda numbers: numbers['regressions']['drift']['r2']),
+    contrast=_contrast,
+    selectivity=_selectivity,
+    steps=_steps,
+    gain=_gain,
+    family=_on_family,
+    quarter=_at_quarter(_contrast),
+    quarter_from_full=_at_quarter(_from_full),
+    spread=_spread,
+    spread_ratio=_spread_ratio,
+    quarter_spread=_at_quarter(_spread),
+    cost=_cost,
+    parameters=_parameters,
+    decile=_decile,
+    r2=lambda evidence: _over_images(evidence, lambda numbers: numbers["regressions"]["drift"]["r2"]),
     semi_partial=lambda evidence, predictor: _over_images(evidence, lambda numbers: _unique(numbers)[predictor]),
-    largest=lambda evidence, predictor: _over_images(evidence, lambda numbers: dict(value=numbers['regressions']['drift']['predictors'][predictor]['largest'], low=None, high=None)),
-    lead=_lead, correlation=_correlation, correlation_at=_correlation_at, failures=_failures, none=lambda evidence: Measured())
+    largest=lambda evidence, predictor: _over_images(
+        evidence,
+        lambda numbers: dict(
+            value=numbers["regressions"]["drift"]["predictors"][predictor]["largest"], low=None, high=None
+        ),
+    ),
+    lead=_lead,
+    correlation=_correlation,
+    correlation_at=_correlation_at,
+    failures=_failures,
+    none=lambda evidence: Measured(),
+)
 
 # %% ../nbs/60_results.ipynb #c095
-VERDICTS = REPRODUCED, NOT_REPRODUCED, UNDECIDED, UNTESTED = 'reproduced', 'not reproduced', 'undecided', 'not tested at this scale'
-_X = r'(-?[\d.]+)'
-RULES: dict[str, Callable] = {  # what a rule says -> (measured, the paper's, its numbers) -> whether the claim is reproduced
-    rf'interval above {_X}': lambda m, paper, x: m.low > x,
-    rf'interval below {_X}': lambda m, paper, x: m.high < x,
-    rf'interval within {_X} and {_X}': lambda m, paper, x, y: x <= m.low and m.high <= y,
-    rf'interval within {_X} % of the paper': lambda m, paper, x: (1 - x/100)*paper <= m.low and m.high <= (1 + x/100)*paper,
-    rf'value within {_X} % of the paper': lambda m, paper, x: abs(m.value - paper) <= x/100*abs(paper) + 1e-9,
-    r'value at most the paper': lambda m, paper: m.value <= paper + 1e-9,
-    rf'value at least {_X}': lambda m, paper, x: m.value >= x - 1e-9,
+VERDICTS = REPRODUCED, NOT_REPRODUCED, UNDECIDED, UNTESTED = (
+    "reproduced",
+    "not reproduced",
+    "undecided",
+    "not tested at this scale",
+)
+_X = r"(-?[\d.]+)"
+RULES: dict[
+    str, Callable
+] = {  # what a rule says -> (measured, the paper's, its numbers) -> whether the claim is reproduced
+    rf"interval above {_X}": lambda m, paper, x: m.low > x,
+    rf"interval below {_X}": lambda m, paper, x: m.high < x,
+    rf"interval within {_X} and {_X}": lambda m, paper, x, y: x <= m.low and m.high <= y,
+    rf"interval within {_X} % of the paper": lambda m, paper, x: (
+        (1 - x / 100) * paper <= m.low and m.high <= (1 + x / 100) * paper
+    ),
+    rf"value within {_X} % of the paper": lambda m, paper, x: abs(m.value - paper) <= x / 100 * abs(paper) + 1e-9,
+    r"value at most the paper": lambda m, paper: m.value <= paper + 1e-9,
+    rf"value at least {_X}": lambda m, paper, x: m.value >= x - 1e-9,
 }
 
+
 def claim_verdict(
-    rule: str,           # a pattern of RULES filled in, or "never: why"
+    rule: str,  # a pattern of RULES filled in, or "never: why"
     measured: Measured,
     paper: float,
-) -> tuple[str, str]:    # one of VERDICTS; why not, '' where it is reproduced
+) -> tuple[str, str]:  # one of VERDICTS; why not, '' where it is reproduced
     "What a rule makes of a measurement. Raises ValueError on an unknown rule."
-    if rule.startswith('never: '): return UNTESTED, rule.removeprefix('never: ')
+    if rule.startswith("never: "):
+        return UNTESTED, rule.removeprefix("never: ")
     for pattern, holds in RULES.items():
-        if match := re.fullmatch(pattern, rule): break
-    else: raise ValueError(f'unknown rule {rule!r}; one of {", ".join(p.replace(_X, "X") for p in RULES)}, never: WHY')
-    if measured.why: return UNDECIDED if measured.tied else UNTESTED, measured.why
-    if rule.startswith('interval') and measured.low is None: return UNTESTED, 'no interval'
+        if match := re.fullmatch(pattern, rule):
+            break
+    else:
+        raise ValueError(f"unknown rule {rule!r}; one of {', '.join(p.replace(_X, 'X') for p in RULES)}, never: WHY")
+    if measured.why:
+        return UNDECIDED if measured.tied else UNTESTED, measured.why
+    if rule.startswith("interval") and measured.low is None:
+        return UNTESTED, "no interval"
     numbers = [float(x) for x in match.groups()]
-    if holds(measured, paper, *numbers): return REPRODUCED, ''
-    if not rule.startswith('interval'): return NOT_REPRODUCED, f'{measured.value/paper - 1:+.0%} off the paper' if '%' in rule else 'beyond the bound'
-    bounds = [(1 + sign*numbers[0]/100)*paper for sign in (-1, 1)] if '%' in rule else numbers
-    inside = [f'{x:.3g}' for x in bounds if measured.low <= x <= measured.high]
-    if inside: return UNDECIDED, f'the interval holds {" and ".join(inside)}'
-    return NOT_REPRODUCED, f'the interval lies {"outside" if len(bounds) > 1 else "on the other side"}'
+    if holds(measured, paper, *numbers):
+        return REPRODUCED, ""
+    if not rule.startswith("interval"):
+        return NOT_REPRODUCED, f"{measured.value / paper - 1:+.0%} off the paper" if "%" in rule else "beyond the bound"
+    bounds = [(1 + sign * numbers[0] / 100) * paper for sign in (-1, 1)] if "%" in rule else numbers
+    inside = [f"{x:.3g}" for x in bounds if measured.low <= x <= measured.high]
+    if inside:
+        return UNDECIDED, f"the interval holds {' and '.join(inside)}"
+    return NOT_REPRODUCED, f"the interval lies {'outside' if len(bounds) > 1 else 'on the other side'}"
+
 
 def claims(
-    folder: str | PurePath,   # outputs/SCALE/runs
+    folder: str | PurePath,  # outputs/SCALE/runs
     scale: Scale,
-) -> pd.DataFrame:            # the columns of `paper_claims`, value, low, high, n, verdict, why, runs
+) -> pd.DataFrame:  # the columns of `paper_claims`, value, low, high, n, verdict, why, runs
     "Each claim of the paper beside what a scale's run files say: evaluate.json, distill.json, diagnose.json, and answers.jsonl for the failures' kinds."
     evidence, lines = Evidence(folder, scale), []
-    for claim in paper_claims().to_dict('records'):
-        name, *words = claim['measure'].split()
+    for claim in paper_claims().to_dict("records"):
+        name, *words = claim["measure"].split()
         found = MEASURED[name](evidence, *words)
-        decided, why = claim_verdict(claim['rule'], found, claim['paper'])
-        files = [f'{named}/{kind}.json' for kind in dict.fromkeys(kind for _, kind in found.files) for named in _names([run for run, k in found.files if k == kind])]
-        lines.append(claim | dict(value=found.value, low=found.low, high=found.high, n=found.n, verdict=decided, why=why, runs=' '.join(files)))
+        decided, why = claim_verdict(claim["rule"], found, claim["paper"])
+        files = [
+            f"{named}/{kind}.json"
+            for kind in dict.fromkeys(kind for _, kind in found.files)
+            for named in _names([run for run, k in found.files if k == kind])
+        ]
+        lines.append(
+            claim
+            | dict(
+                value=found.value,
+                low=found.low,
+                high=found.high,
+                n=found.n,
+                verdict=decided,
+                why=why,
+                runs=" ".join(files),
+            )
+        )
     return pd.DataFrame(lines).astype(dict(value=float, low=float, high=float))
 
 # %% ../nbs/60_results.ipynb #c097
@@ -1052,105 +1734,176 @@ def claim_counts(
 ) -> str:
     "How many claims have which verdict, in Markdown."
     rows = [[verdict, str(int((frame.verdict == verdict).sum()))] for verdict in VERDICTS]
-    return markdown_table(['verdict', 'claims'], rows + [['all', str(len(frame))]])
+    return markdown_table(["verdict", "claims"], rows + [["all", str(len(frame))]])
+
 
 def claims_markdown(
     frame: pd.DataFrame,  # of `claims`
 ) -> str:
     "The claims by place, each with the paper's value, ours with its interval, the rule, the verdict and the run files it rests on."
-    def number(value, unit): return f'{value:{"+" if unit == "points" else ""}.2f}'
+
+    def number(value, unit):
+        return f"{value:{'+' if unit == 'points' else ''}.2f}"
+
     parts = []
-    for place, lines in frame.groupby('place', sort=False):
+    for place, lines in frame.groupby("place", sort=False):
         rows = []
         for line in lines.itertuples():
-            paper = (f'{number(line.paper, line.unit)} {line.unit} '*(line.paper == line.paper)).replace('  ', ' ') + line.spread
-            ours = '' if line.value != line.value else number(line.value, line.unit) + (f' [{number(line.low, line.unit)}, {number(line.high, line.unit)}]' if line.low == line.low else '') + f' ({line.n})'
-            rule = 'never' if line.rule.startswith('never') else line.rule
-            rows.append([line.claim, paper.strip(), ours, rule, f'**{line.verdict}**' + f': {line.why}'*bool(line.why), ' '.join(f'`{run}`' for run in line.runs.split())])
-        parts.append(f'## {place}\n\n' + markdown_table(['claim', 'the paper', 'here', 'reproduced if', 'verdict', 'run files'], rows, text_columns=6))
-    return '\n\n'.join(parts)
+            paper = (f"{number(line.paper, line.unit)} {line.unit} " * (line.paper == line.paper)).replace(
+                "  ", " "
+            ) + line.spread
+            ours = (
+                ""
+                if line.value != line.value
+                else number(line.value, line.unit)
+                + (f" [{number(line.low, line.unit)}, {number(line.high, line.unit)}]" if line.low == line.low else "")
+                + f" ({line.n})"
+            )
+            rule = "never" if line.rule.startswith("never") else line.rule
+            rows.append(
+                [
+                    line.claim,
+                    paper.strip(),
+                    ours,
+                    rule,
+                    f"**{line.verdict}**" + f": {line.why}" * bool(line.why),
+                    " ".join(f"`{run}`" for run in line.runs.split()),
+                ]
+            )
+        parts.append(
+            f"## {place}\n\n"
+            + markdown_table(
+                ["claim", "the paper", "here", "reproduced if", "verdict", "run files"], rows, text_columns=6
+            )
+        )
+    return "\n\n".join(parts)
 
 # %% ../nbs/60_results.ipynb #c101
 def root() -> Path:
     "The repository at or above the working directory: the folder that holds workflow/scales. Raises ValueError if there is none."
     return scales_folder().parents[1]
 
+
 def save_table(
-    out: str | PurePath,        # outputs/SCALE
-    name: str,                  # "table_01"
-    frame: pd.DataFrame,        # its numbers, for the CSV; its index is left out
-    markdown: str,              # what is read
-) -> list[Path]:                # the two paths
+    out: str | PurePath,  # outputs/SCALE
+    name: str,  # "table_01"
+    frame: pd.DataFrame,  # its numbers, for the CSV; its index is left out
+    markdown: str,  # what is read
+) -> list[Path]:  # the two paths
     "Write tables/NAME.csv and tables/NAME.md under a folder, atomically."
-    tables = Path(out)/'tables'
-    return [write_file(tables/f'{name}.csv', frame.to_csv(index=False, lineterminator='\n')), write_file(tables/f'{name}.md', markdown.strip() + '\n')]
+    tables = Path(out) / "tables"
+    return [
+        write_file(tables / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n")),
+        write_file(tables / f"{name}.md", markdown.strip() + "\n"),
+    ]
 
 # %% ../nbs/60_results.ipynb #c101b
-def notebook_parameters(
-    path: str | Path,
-) -> dict:
+def notebook_parameters(path: str | Path) -> dict:
     "What a notebook's cell tagged `parameters` sets: names and values."
-    source = "\n".join("".join(cell["source"]) for cell in json.loads(Path(path).read_text())["cells"] if "parameters" in cell["metadata"].get("tags", ()))
-    return {target.id: ast.literal_eval(line.value) for line in ast.parse(source).body if isinstance(line, ast.Assign) for target in line.targets}
+    source = "\n".join(
+        "".join(cell["source"])
+        for cell in json.loads(Path(path).read_text())["cells"]
+        if "parameters" in cell["metadata"].get("tags", ())
+    )
+    return {
+        target.id: ast.literal_eval(line.value)
+        for line in ast.parse(source).body
+        if isinstance(line, ast.Assign)
+        for target in line.targets
+    }
 
 
 def page_folders(
-    page: str,                 # a notebook of nbs/paper
-    given: dict,               # its globals()
-) -> tuple[Path, Path]:        # of the runs; of tables/ and figures/
+    page: str,  # a notebook of nbs/paper
+    given: dict,  # its globals()
+) -> tuple[Path, Path]:  # of the runs; of tables/ and figures/
     "Where a page reads and writes: in outputs/SCALE unless it is told otherwise. Raises ValueError where it is asked for something else than a scale's page and `out` is not given."
-    own = notebook_parameters(root()/f'nbs/paper/{page}.ipynb')
-    other = [name for name, value in own.items() if name not in ('scale', 'out') and given[name] != value]
+    own = notebook_parameters(root() / f"nbs/paper/{page}.ipynb")
+    other = [name for name, value in own.items() if name not in ("scale", "out") and given[name] != value]
     if lacking := [name for name, value in own.items() if value is not None and given[name] is None]:
-        raise ValueError(f'{lacking[0]} is None; {page} takes a value like {own[lacking[0]]!r}')
-    if other and given['out'] is None:
-        raise ValueError(f'{other[0]} {given[other[0]]!r} makes another {page} than scale {given["scale"]}\'s: give its folder as `out`')
-    home = root()/'outputs'/given['scale']
-    return Path(given.get('runs') or home/'runs'), Path(given['out'] or home)
+        raise ValueError(f"{lacking[0]} is None; {page} takes a value like {own[lacking[0]]!r}")
+    if other and given["out"] is None:
+        raise ValueError(
+            f"{other[0]} {given[other[0]]!r} makes another {page} than scale {given['scale']}'s: give its folder as `out`"
+        )
+    home = root() / "outputs" / given["scale"]
+    return Path(given.get("runs") or home / "runs"), Path(given["out"] or home)
 
 # %% ../nbs/60_results.ipynb #c104
-PUBLISHED = ('tables/*.md', 'tables/*.csv', 'figures/*.png', 'claims.md')
-PUBLISHED_OF_RUNS = ('runs/**/distill.json', 'runs/**/evaluate.json', 'runs/**/diagnose.json', 'runs/C[134]-seed*/answers.jsonl')
+PUBLISHED = ("tables/*.md", "tables/*.csv", "figures/*.png", "claims.md")
+PUBLISHED_OF_RUNS = (
+    "runs/**/distill.json",
+    "runs/**/evaluate.json",
+    "runs/**/diagnose.json",
+    "runs/C[134]-seed*/answers.jsonl",
+)
+
 
 def _manifest(folder, scale):
-    files = {str(p.relative_to(folder)): dict(sha256=sha256(p.read_bytes()).hexdigest(), bytes=p.stat().st_size) for p in sorted(folder.rglob('*')) if p.is_file()}
+    files = {
+        str(p.relative_to(folder)): dict(sha256=sha256(p.read_bytes()).hexdigest(), bytes=p.stat().st_size)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
     commits = {}
     for name in files:
-        if name.startswith('runs/') and name.endswith('.json'):
-            git = read_run(folder/name)['provenance']['git']
-            commits.setdefault((git['commit'] or 'unknown') + '+'*bool(git['dirty']), []).append(name)
-    warnings = [f'{len(names)} runs are of code with uncommitted changes ({commit})' for commit, names in commits.items() if commit.endswith('+')]
-    if len(commits) > 1: warnings.append(f'the runs are of {len(commits)} different states of the code')
+        if name.startswith("runs/") and name.endswith(".json"):
+            git = read_run(folder / name)["provenance"]["git"]
+            commits.setdefault((git["commit"] or "unknown") + "+" * bool(git["dirty"]), []).append(name)
+    warnings = [
+        f"{len(names)} runs are of code with uncommitted changes ({commit})"
+        for commit, names in commits.items()
+        if commit.endswith("+")
+    ]
+    if len(commits) > 1:
+        warnings.append(f"the runs are of {len(commits)} different states of the code")
     return dict(scale=scale, warnings=warnings, commits=commits, files=files)
 
+
 def publish(
-    scale: str,                                    # "toy"
-    outputs: str | PurePath | None = None,         # the folder that holds SCALE; None: outputs/ of the repository
-) -> Path:                                         # outputs/published/SCALE
+    scale: str,  # "toy"
+    outputs: str | PurePath | None = None,  # the folder that holds SCALE; None: outputs/ of the repository
+) -> Path:  # outputs/published/SCALE
     "Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing. Raises ValueError if there is nothing to publish, or less than is published."
-    if PurePath(scale).parts != (scale,): raise ValueError(f'{scale!r} is no name of a scale')
-    outputs = Path(outputs or root()/'outputs')
-    source, target = outputs/scale, outputs/'published'/scale
-    fresh, earlier = target.with_name(f'.{scale}.fresh.tmp'), target.with_name(f'.{scale}.earlier.tmp')
-    if earlier.exists() and not target.exists(): earlier.rename(target)  # a publish that was killed half-way
-    found, of_runs = ([path for pattern in patterns for path in sorted(source.glob(pattern))] for patterns in (PUBLISHED, PUBLISHED_OF_RUNS))
-    found += [path for path in of_runs if any(path.with_name(f'{kind}.json').exists() for kind in ('evaluate', 'diagnose'))]
+    if PurePath(scale).parts != (scale,):
+        raise ValueError(f"{scale!r} is no name of a scale")
+    outputs = Path(outputs or root() / "outputs")
+    source, target = outputs / scale, outputs / "published" / scale
+    fresh, earlier = target.with_name(f".{scale}.fresh.tmp"), target.with_name(f".{scale}.earlier.tmp")
+    if earlier.exists() and not target.exists():
+        earlier.rename(target)  # a publish that was killed half-way
+    found, of_runs = (
+        [path for pattern in patterns for path in sorted(source.glob(pattern))]
+        for patterns in (PUBLISHED, PUBLISHED_OF_RUNS)
+    )
+    found += [
+        path for path in of_runs if any(path.with_name(f"{kind}.json").exists() for kind in ("evaluate", "diagnose"))
+    ]
     if not found:
-        raise ValueError(f'nothing to publish in {source}; run `make tables SCALE={scale}` first')
-    published = {path.relative_to(target) for path in target.rglob('*') if path.is_file() and path.name != 'manifest.json'}
+        raise ValueError(f"nothing to publish in {source}; run `make tables SCALE={scale}` first")
+    published = {
+        path.relative_to(target) for path in target.rglob("*") if path.is_file() and path.name != "manifest.json"
+    }
     if lost := sorted(published - {path.relative_to(source) for path in found}):
-        raise ValueError(f'{source} lacks {len(lost)} of the {len(published)} files that {target} has, {lost[0]} among them; complete it, or remove {target} first')
-    for leftover in (fresh, earlier): shutil.rmtree(leftover, ignore_errors=True)
+        raise ValueError(
+            f"{source} lacks {len(lost)} of the {len(published)} files that {target} has, {lost[0]} among them; complete it, or remove {target} first"
+        )
+    for leftover in (fresh, earlier):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        for path in found: write_file(fresh/path.relative_to(source), path.read_bytes())
+        for path in found:
+            write_file(fresh / path.relative_to(source), path.read_bytes())
         manifest = _manifest(fresh, scale)
-        write_file(fresh/'manifest.json', json.dumps(manifest, indent=1) + '\n')
-        if target.exists(): target.rename(earlier)
+        write_file(fresh / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        if target.exists():
+            target.rename(earlier)
         fresh.rename(target)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
-        if earlier.exists() and not target.exists(): earlier.rename(target)
+        if earlier.exists() and not target.exists():
+            earlier.rename(target)
         raise
     shutil.rmtree(earlier, ignore_errors=True)
-    for warning in manifest['warnings']: print(f'published, but {warning}', file=sys.stderr)
+    for warning in manifest["warnings"]:
+        print(f"published, but {warning}", file=sys.stderr)
     return target

@@ -25,8 +25,15 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (AutoConfig, AutoModelForImageTextToText, GenerationConfig, Glm4vProcessor, InternVLProcessor,
-    PreTrainedConfig, Qwen3VLProcessor)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    Glm4vProcessor,
+    InternVLProcessor,
+    PreTrainedConfig,
+    Qwen3VLProcessor,
+)
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -41,40 +48,65 @@ class ImageOnly(ViewedImages):
 
     Raises ValueError if the tokenizer lacks a vision token, on videos, and on an image that can't be decoded or is longer
     than `aspect_limit` allows."""
-    vision_tokens = {}        # by the processor's name for a token: the tokenizer's, and the token itself where the tokenizer has no name for it
+
+    vision_tokens = {}  # by the processor's name for a token: the tokenizer's, and the token itself where the tokenizer has no name for it
 
     # ProcessorMixin asks for the parts that this signature names
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         vocabulary = tokenizer.get_vocab()
         for part, (name, token) in self.vision_tokens.items():
             token = getattr(tokenizer, name, None) or token
-            if token not in vocabulary: raise ValueError(f"the tokenizer has no {part.replace('_', ' ')} token {token!r}")
+            if token not in vocabulary:
+                raise ValueError(f"the tokenizer has no {part.replace('_', ' ')} token {token!r}")
             setattr(self, f"{part}_token", token)
             setattr(self, f"{part}_token_id", vocabulary[token])
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    __call__, create_mm_token_type_ids = ProcessorMixin.__call__, ProcessorMixin.create_mm_token_type_ids  # the stock ones look for videos
+    __call__, create_mm_token_type_ids = (
+        ProcessorMixin.__call__,
+        ProcessorMixin.create_mm_token_type_ids,
+    )  # the stock ones look for videos
 
     def prepare_inputs_layout(self, **kwargs):
         images, *rest = super().prepare_inputs_layout(**kwargs)
         for i, image in enumerate(images or []):
             if max(image.size) > self.aspect_limit * min(image.size):
-                raise ValueError(f"image {i} is {image.width}x{image.height} pixels; the long side may be {self.aspect_limit} times the short one at most")
+                raise ValueError(
+                    f"image {i} is {image.width}x{image.height} pixels; the long side may be {self.aspect_limit} times the short one at most"
+                )
         return images, *rest
+
 
 class ImageOnlyQwen3VLProcessor(ImageOnly, Qwen3VLProcessor):
     "Qwen3-VL's processor without video."
-    vision_tokens = dict(image=("image_token", "<|image_pad|>"), vision_start=("vision_start_token", "<|vision_start|>"), vision_end=("vision_end_token", "<|vision_end|>"))
+
+    vision_tokens = dict(
+        image=("image_token", "<|image_pad|>"),
+        vision_start=("vision_start_token", "<|vision_start|>"),
+        vision_end=("vision_end_token", "<|vision_end|>"),
+    )
     aspect_limit = 200
+
 
 class ImageOnlyGlm4vProcessor(ImageOnly, Glm4vProcessor):
     "The processor of GLM-4.1V and GLM-4.6V-Flash without video."
-    vision_tokens = dict(image=("image_token", "<|image|>"), image_start=("image_start_token", "<|begin_of_image|>"), image_end=("image_end_token", "<|end_of_image|>"))
+
+    vision_tokens = dict(
+        image=("image_token", "<|image|>"),
+        image_start=("image_start_token", "<|begin_of_image|>"),
+        image_end=("image_end_token", "<|end_of_image|>"),
+    )
     aspect_limit = 200
+
 
 class ImageOnlyInternVLProcessor(ImageOnly, InternVLProcessor):
     "InternVL's processor without video: an image becomes tiles in raster order and, if there are several, a thumbnail after them."
-    vision_tokens = dict(image=("context_image_token", "<IMG_CONTEXT>"), start_image=("start_image_token", "<img>"), end_image=("end_image_token", "</img>"))
+
+    vision_tokens = dict(
+        image=("context_image_token", "<IMG_CONTEXT>"),
+        start_image=("start_image_token", "<img>"),
+        end_image=("end_image_token", "</img>"),
+    )
     unused_input_names = ["num_patches"]
 
     def __init__(self, image_processor=None, tokenizer=None, image_seq_length: int = 256, chat_template=None, **kwargs):
@@ -85,63 +117,56 @@ class ImageOnlyInternVLProcessor(ImageOnly, InternVLProcessor):
 @dataclass
 class LanguageInputs:
     "What the frozen tower and the embeddings make of a batch: everything the decoder needs."
-    kwargs: dict                   # decoder(**kwargs) gives the model's last hidden state
-    visual_mask: Tensor            # [B, T] bool, True where an image token stands
-    patch_features: list[Tensor]   # one [h, w, D] per image, tile or slice in batch order, raster order, before the projector
-    patch_weights: list[Tensor] = ()   # where tokens are no blocks of patches: one [tokens, h * w] for each of them, rows that sum to 1
+
+    kwargs: dict  # decoder(**kwargs) gives the model's last hidden state
+    visual_mask: Tensor  # [B, T] bool, True where an image token stands
+    patch_features: list[
+        Tensor
+    ]  # one [h, w, D] per image, tile or slice in batch order, raster order, before the projector
+    patch_weights: list[
+        Tensor
+    ] = ()  # where tokens are no blocks of patches: one [tokens, h * w] for each of them, rows that sum to 1
 
 # %% ../nbs/26_teachers.ipynb #c012
 class Family:
     "What differs between teachers, behind one interface."
-    model_types = ()         # of the configs that belong to it
-    processor_class = None   # reads the images and text of a checkpoint of it
-    merge = 2                # a token stands for merge x merge patches
+
+    model_types = ()  # of the configs that belong to it
+    processor_class = None  # reads the images and text of a checkpoint of it
+    merge = 2  # a token stands for merge x merge patches
 
     def __init__(self, config):
         self.image_token_id = config.image_token_id
 
-    def decoder(
-        self,
-        model,
-    ) -> nn.Module:
+    def decoder(self, model) -> nn.Module:
         "The language model without its head: `decoder(**inputs.kwargs).last_hidden_state` is [B, T, D]."
         return model.model.language_model
 
-    def layers(
-        self,
-        model,
-    ) -> nn.ModuleList:
+    def layers(self, model) -> nn.ModuleList:
         "The decoder layers, each with its `self_attn`."
         return self.decoder(model).layers
 
-    def lm_head(
-        self,
-        model,
-    ) -> nn.Module:
+    def lm_head(self, model) -> nn.Module:
         "The projection from the last hidden state to logits."
         return model.lm_head
 
     def check(
         self,
-        visual_mask: Tensor,   # [B, T] bool
+        visual_mask: Tensor,  # [B, T] bool
         batch: dict,
     ) -> None:
         "Raises ValueError if a batch's tokens and pixels do not match."
         raise NotImplementedError
 
-    def sizes(
-        self,
-        config,
-        processor,
-    ) -> dict[str, tuple]:   # name: (the processor's, the model's)
+    def sizes(self, config, processor) -> dict[str, tuple]:  # name: (the processor's, the model's)
         "What processor and model must have alike, so that pixels make patches and patches tokens."
         raise NotImplementedError
 
     def tower(
-        self,
-        model,
-        batch: dict,
-    ) -> tuple[Tensor, list[Tensor], dict]:   # [tokens, D] in batch order; `patch_features`; what the decoder takes beside the embeddings; `patch_weights` if any
+        self, model, batch: dict
+    ) -> tuple[
+        Tensor, list[Tensor], dict
+    ]:  # [tokens, D] in batch order; `patch_features`; what the decoder takes beside the embeddings; `patch_weights` if any
         "What the vision tower makes of a batch's pixels."
         raise NotImplementedError
 
@@ -149,7 +174,7 @@ class Family:
         self,
         model,
         batch: dict,
-        embeds: Tensor,   # [B, T, D]
+        embeds: Tensor,  # [B, T, D]
     ) -> dict:
         "What the decoder takes beside embeddings and mask, with or without images."
         return {}
@@ -157,62 +182,73 @@ class Family:
     def language_inputs(
         self,
         model,
-        batch: dict,   # what the processor returns
+        batch: dict,  # what the processor returns
     ) -> LanguageInputs:
         "Tower, without gradient, and embeddings applied to a batch. Raises ValueError if tokens, pixels and grids do not match."
         visual_mask = batch["input_ids"] == self.image_token_id
         self.check(visual_mask, batch)
         embeds, features, seen, weights = model.get_input_embeddings()(batch["input_ids"]), [], {}, []
         if batch.get("pixel_values") is not None:
-            with torch.no_grad(): tokens, features, seen, *weights = self.tower(model, batch)
+            with torch.no_grad():
+                tokens, features, seen, *weights = self.tower(model, batch)
             embeds = embeds.masked_scatter(visual_mask[..., None], tokens.to(embeds.dtype))
         kwargs = dict(inputs_embeds=embeds, attention_mask=batch.get("attention_mask"), use_cache=False)
-        return LanguageInputs(kwargs | self.decoder_kwargs(model, batch, embeds) | seen, visual_mask, features, *weights)
+        return LanguageInputs(
+            kwargs | self.decoder_kwargs(model, batch, embeds) | seen, visual_mask, features, *weights
+        )
 
     def token_density(
         self,
-        rho: Tensor,           # [..., h, w] density of the patches of one grid
+        rho: Tensor,  # [..., h, w] density of the patches of one grid
         reduce: str = "mean",  # over the patches of a token: "mean" or "max"
-    ) -> Tensor:               # [..., tokens] in the order the language model sees them
+    ) -> Tensor:  # [..., tokens] in the order the language model sees them
         "Density of an image's tokens. Raises ValueError on a grid that does not divide into tokens."
-        if reduce not in ("mean", "max"): raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
+        if reduce not in ("mean", "max"):
+            raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
         rows, columns = self.blocks(*rho.shape[-2:])
-        blocks = rho.unflatten(-1, (columns, self.merge)).unflatten(-3, (rows, self.merge))   # [..., h / m, m, w / m, m]
+        blocks = rho.unflatten(-1, (columns, self.merge)).unflatten(-3, (rows, self.merge))  # [..., h / m, m, w / m, m]
         blocks = blocks.mean((-3, -1)) if reduce == "mean" else blocks.amax((-3, -1))
         return blocks.flatten(-2)
 
     def blocks(
         self,
-        h: int,   # patches
+        h: int,  # patches
         w: int,
     ) -> tuple[int, int]:
         "The merge blocks along each side. Raises ValueError if `merge` does not divide a side."
-        if h % self.merge or w % self.merge: raise ValueError(f"a grid of {h}x{w} patches does not divide into {self.merge}x{self.merge} blocks")
+        if h % self.merge or w % self.merge:
+            raise ValueError(f"a grid of {h}x{w} patches does not divide into {self.merge}x{self.merge} blocks")
         return h // self.merge, w // self.merge
 
     def density(
         self,
         inputs: LanguageInputs,
         *,
-        reduce: str = "mean",   # over the patches of a token: "mean" or "max"
-        radius: int = 1,        # of the neighbourhood in Eq. 2
-    ) -> Tensor:                # [B, T], 0 at text
+        reduce: str = "mean",  # over the patches of a token: "mean" or "max"
+        radius: int = 1,  # of the neighbourhood in Eq. 2
+    ) -> Tensor:  # [B, T], 0 at text
         "Density of every visual position (Eq. 2). Raises ValueError if the patches do not make as many tokens as there are visual positions."
         mask = inputs.visual_mask
         tokens = [torch.zeros(0, device=mask.device)] + [None] * len(inputs.patch_features)
         grids = defaultdict(list)
-        for i, features in enumerate(inputs.patch_features, start=1): grids[features.shape].append(i)
+        for i, features in enumerate(inputs.patch_features, start=1):
+            grids[features.shape].append(i)
         for images in grids.values():
             rho = patch_density(torch.stack([inputs.patch_features[i - 1] for i in images]), radius=radius)
-            for i, row in zip(images, self.token_density(rho, reduce)): tokens[i] = inputs.patch_weights[i - 1] @ row if inputs.patch_weights else row
+            for i, row in zip(images, self.token_density(rho, reduce)):
+                tokens[i] = inputs.patch_weights[i - 1] @ row if inputs.patch_weights else row
         tokens = torch.cat(tokens)
-        if len(tokens) != mask.sum(): raise ValueError(f"the patch features make {len(tokens)} tokens, but there are {int(mask.sum())} visual positions")
+        if len(tokens) != mask.sum():
+            raise ValueError(
+                f"the patch features make {len(tokens)} tokens, but there are {int(mask.sum())} visual positions"
+            )
         density = tokens.new_zeros(mask.shape)
         density[mask] = tokens
         return density
 
+
 def image_runs(
-    visual_mask: Tensor,   # [B, T] bool
+    visual_mask: Tensor,  # [B, T] bool
 ) -> list[int]:
     "The length of each run of image tokens, in batch order."
     starts = visual_mask & ~nn.functional.pad(visual_mask, (1, 0))[:, :-1]
@@ -228,83 +264,123 @@ class BlockTower(Family):
         rope = text.rope_parameters or {}
         channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         turned, axes = int(channels * rope.get("partial_rotary_factor", 1)), rope.get("mrope_section")
-        if axes and 2 * sum(axes) != turned: raise ValueError(f"mrope_section {axes} does not fill the {turned} channels of rope")
+        if axes and 2 * sum(axes) != turned:
+            raise ValueError(f"mrope_section {axes} does not fill the {turned} channels of rope")
 
     def sizes(self, config, processor):
         images, tower = processor.image_processor, config.vision_config
-        return dict(patch_size=(images.patch_size, tower.patch_size), merge_size=(images.merge_size, self.merge),
-                    temporal_patch_size=(images.temporal_patch_size, tower.temporal_patch_size))
+        return dict(
+            patch_size=(images.patch_size, tower.patch_size),
+            merge_size=(images.merge_size, self.merge),
+            temporal_patch_size=(images.temporal_patch_size, tower.temporal_patch_size),
+        )
 
     def raster(
         self,
-        patches: Tensor,         # [h * w, D] in the tower's order
-        grid: tuple[int, int],   # h, w
-    ) -> Tensor:                 # [h, w, D]
+        patches: Tensor,  # [h * w, D] in the tower's order
+        grid: tuple[int, int],  # h, w
+    ) -> Tensor:  # [h, w, D]
         "The tower's patches as a raster. Raises ValueError on features that do not match the grid."
         (h, w), m = grid, self.merge
-        if len(patches) != h * w: raise ValueError(f"{len(patches)} patch features do not match a grid of {h}x{w}")
+        if len(patches) != h * w:
+            raise ValueError(f"{len(patches)} patch features do not match a grid of {h}x{w}")
         return patches.view(*self.blocks(h, w), m, m, -1).transpose(1, 2).reshape(h, w, -1)
 
     def rasters(
         self,
-        patches: Tensor,   # [sum of h * w, D], the tower's, of a whole batch
-        grids: Tensor,     # [images, 3] of 1, h, w
+        patches: Tensor,  # [sum of h * w, D], the tower's, of a whole batch
+        grids: Tensor,  # [images, 3] of 1, h, w
     ) -> list[Tensor]:
         "One raster an image."
-        return [self.raster(image, grid) for image, (_, *grid) in zip(patches.split(grids.prod(-1).tolist()), grids.tolist())]
+        return [
+            self.raster(image, grid)
+            for image, (_, *grid) in zip(patches.split(grids.prod(-1).tolist()), grids.tolist())
+        ]
 
     def decoder_kwargs(self, model, batch, embeds):
-        return dict(position_ids=model.model.compute_3d_position_ids(
-            batch["input_ids"], embeds, image_grid_thw=batch.get("image_grid_thw"), attention_mask=batch.get("attention_mask"),
-            mm_token_type_ids=batch.get("mm_token_type_ids")))
+        return dict(
+            position_ids=model.model.compute_3d_position_ids(
+                batch["input_ids"],
+                embeds,
+                image_grid_thw=batch.get("image_grid_thw"),
+                attention_mask=batch.get("attention_mask"),
+                mm_token_type_ids=batch.get("mm_token_type_ids"),
+            )
+        )
 
     def check(self, visual_mask, batch):
         "Each image is one run of image tokens, as long as its grid makes it, and pixels are there for all; ValueError says what is not so."
         pixels, grids, runs = batch.get("pixel_values"), batch.get("image_grid_thw"), image_runs(visual_mask)
-        if (pixels is None) != (grids is None): raise ValueError("pixel_values and image_grid_thw must come together")
+        if (pixels is None) != (grids is None):
+            raise ValueError("pixel_values and image_grid_thw must come together")
         grids = [] if grids is None else grids.tolist()
-        if len(runs) != len(grids): raise ValueError(f"the text has image tokens for {len(runs)} images, but there are pixels for {len(grids)}")
+        if len(runs) != len(grids):
+            raise ValueError(f"the text has image tokens for {len(runs)} images, but there are pixels for {len(grids)}")
         for i, (run, (t, h, w)) in enumerate(zip(runs, grids)):
-            if t != 1: raise ValueError(f"image {i} has {t} frames; only single images are supported")
+            if t != 1:
+                raise ValueError(f"image {i} has {t} frames; only single images are supported")
             rows, columns = self.blocks(h, w)
             if run != rows * columns:
-                raise ValueError(f"image {i} has {run} tokens in the text, but its grid of {h}x{w} patches makes {rows * columns}")
+                raise ValueError(
+                    f"image {i} has {run} tokens in the text, but its grid of {h}x{w} patches makes {rows * columns}"
+                )
         patches = sum(h * w for _, h, w in grids)
-        if pixels is not None and len(pixels) != patches: raise ValueError(f"pixel_values holds {len(pixels)} patches, but image_grid_thw gives {patches}")
+        if pixels is not None and len(pixels) != patches:
+            raise ValueError(f"pixel_values holds {len(pixels)} patches, but image_grid_thw gives {patches}")
+
 
 class Qwen3VL(BlockTower):
     "Qwen3-VL and its hybrids: DeepStack features beside the embeddings."
+
     model_types = ("qwen3_vl", "hybrid_qwen3_vl")
     processor_class = ImageOnlyQwen3VLProcessor
 
     def tower(self, model, batch):
         out = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
-        deepstack = dict(visual_pos_masks=batch["input_ids"] == self.image_token_id, deepstack_visual_embeds=[torch.cat(level) for level in out.deepstack_features])
+        deepstack = dict(
+            visual_pos_masks=batch["input_ids"] == self.image_token_id,
+            deepstack_visual_embeds=[torch.cat(level) for level in out.deepstack_features],
+        )
         return torch.cat(out.pooler_output), self.rasters(out.last_hidden_state, batch["image_grid_thw"]), deepstack
+
 
 class Glm4v(BlockTower):
     "GLM-4.6V-Flash, GLM-4.1V and their hybrids."
+
     model_types = ("glm4v", "hybrid_glm4v")
     processor_class = ImageOnlyGlm4vProcessor
 
     def tower(self, model, batch):
         patches = []
-        hook = model.model.visual.post_layernorm.register_forward_hook(lambda module, args, output: patches.append(output))
-        try: out = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
-        finally: hook.remove()
+        hook = model.model.visual.post_layernorm.register_forward_hook(
+            lambda module, args, output: patches.append(output)
+        )
+        try:
+            out = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+        finally:
+            hook.remove()
         return torch.cat(out.pooler_output), self.rasters(*patches, batch["image_grid_thw"]), {}
 
 # %% ../nbs/26_teachers.ipynb #c024
 class InternVL(Family):
     "InternVL-3.5 with a Qwen3 decoder, and its hybrids. Raises ValueError on another decoder, or on features that the projector does not take from the tower's end."
+
     model_types = ("internvl", "hybrid_internvl")
     processor_class = ImageOnlyInternVLProcessor
 
     def __init__(self, config):
         super().__init__(config)
-        decoder, layer, strategy = config.text_config.model_type, config.vision_feature_layer, config.vision_feature_select_strategy
-        if decoder not in ("qwen3", "hybrid_qwen3"): raise ValueError(f"unsupported decoder {decoder!r} of {config.model_type}; only qwen3")
-        if (layer, strategy) != (-1, "default"): raise ValueError(f"unsupported vision features {layer}, {strategy!r} of {config.model_type}; only -1, 'default'")
+        decoder, layer, strategy = (
+            config.text_config.model_type,
+            config.vision_feature_layer,
+            config.vision_feature_select_strategy,
+        )
+        if decoder not in ("qwen3", "hybrid_qwen3"):
+            raise ValueError(f"unsupported decoder {decoder!r} of {config.model_type}; only qwen3")
+        if (layer, strategy) != (-1, "default"):
+            raise ValueError(
+                f"unsupported vision features {layer}, {strategy!r} of {config.model_type}; only -1, 'default'"
+            )
         self.merge, self.tile = round(1 / config.downsample_ratio), tuple(config.vision_config.image_size)
         self.grid = tuple(side // patch for side, patch in zip(self.tile, config.vision_config.patch_size))
 
@@ -321,15 +397,20 @@ class InternVL(Family):
         "Each image is one run of image tokens, a whole number of tiles, and pixels are there for all; ValueError says what is not so."
         pixels, runs, (rows, columns) = batch.get("pixel_values"), image_runs(visual_mask), self.blocks(*self.grid)
         for i, run in enumerate(runs):
-            if run % (rows * columns): raise ValueError(f"image {i} has {run} tokens in the text, not a multiple of the {rows * columns} of a tile")
+            if run % (rows * columns):
+                raise ValueError(
+                    f"image {i} has {run} tokens in the text, not a multiple of the {rows * columns} of a tile"
+                )
         tiles, pictured = sum(runs) // (rows * columns), 0 if pixels is None else len(pixels)
-        if tiles != pictured: raise ValueError(f"the text has image tokens for {tiles} tiles, but there are pixels for {pictured}")
+        if tiles != pictured:
+            raise ValueError(f"the text has image tokens for {tiles} tiles, but there are pixels for {pictured}")
         if pixels is not None and pixels.shape[2:] != self.tile:
             raise ValueError(f"pixel_values has tiles of {tuple(pixels.shape[2:])} pixels, the model takes {self.tile}")
 
 # %% ../nbs/26_teachers.ipynb #c028
 class MiniCPMV(Family):
     "MiniCPM-V 4.5 and its hybrids: a thumbnail and slices, `query_num` tokens each."
+
     model_types = ("minicpmv", "hybrid_minicpmv")
     processor_class = MiniCPMV45Processor
 
@@ -339,114 +420,152 @@ class MiniCPMV(Family):
 
     def sizes(self, config, processor):
         images = processor.image_processor
-        return dict(patch_size=(images.patch_size, config.vision_config.patch_size),
-                    image_feature_size=(images.image_feature_size, self.query_num))
+        return dict(
+            patch_size=(images.patch_size, config.vision_config.patch_size),
+            image_feature_size=(images.image_feature_size, self.query_num),
+        )
 
     def tower(self, model, batch):
         sizes = batch["tgt_sizes"]
         out = model.get_image_features(batch["pixel_values"], sizes)
-        features = [patches.unflatten(0, size) for patches, size in zip(out.last_hidden_state.split(sizes.prod(-1).tolist()), sizes.tolist())]
+        features = [
+            patches.unflatten(0, size)
+            for patches, size in zip(out.last_hidden_state.split(sizes.prod(-1).tolist()), sizes.tolist())
+        ]
         weights = [nn.functional.normalize(attention.float(), p=1, dim=-1) for attention in out.token_attentions]
         return out.pooler_output.flatten(0, 1), features, {}, weights
 
     def token_density(self, rho, reduce="mean"):
         "Density of the patches, of which `patch_weights` make tokens. Raises ValueError on another mean than theirs."
-        if reduce != "mean": raise ValueError(f"reduce must be 'mean' with a resampler, got {reduce!r}")
+        if reduce != "mean":
+            raise ValueError(f"reduce must be 'mean' with a resampler, got {reduce!r}")
         return rho.flatten(-2)
 
     def check(self, visual_mask, batch):
         "Each slice is one run of image tokens, and pixels are there for all; ValueError says what is not so."
         pixels, sizes, runs = batch.get("pixel_values"), batch.get("tgt_sizes"), image_runs(visual_mask)
-        if (pixels is None) != (sizes is None): raise ValueError("pixel_values and tgt_sizes must come together")
+        if (pixels is None) != (sizes is None):
+            raise ValueError("pixel_values and tgt_sizes must come together")
         pictured = 0 if sizes is None else len(sizes)
-        if len(runs) != pictured: raise ValueError(f"the text has image tokens for {len(runs)} slices, but there are pixels for {pictured}")
+        if len(runs) != pictured:
+            raise ValueError(f"the text has image tokens for {len(runs)} slices, but there are pixels for {pictured}")
         for i, run in enumerate(runs):
-            if run != self.query_num: raise ValueError(f"slice {i} has {run} tokens in the text, but the resampler makes {self.query_num}")
+            if run != self.query_num:
+                raise ValueError(f"slice {i} has {run} tokens in the text, but the resampler makes {self.query_num}")
 
 # %% ../nbs/26_teachers.ipynb #c032
 FAMILIES = (Qwen3VL, InternVL, Glm4v, MiniCPMV)
 
+
 def family_of(
-    model,   # a model or its config
+    model,  # a model or its config
 ) -> Family:
     "The family of a teacher or of its hybrid. Raises ValueError naming the supported model types."
     config = getattr(model, "config", model)
     return family_class(config.model_type)(config)
 
+
 def family_class(
-    model_type: str,   # of a config
+    model_type: str,  # of a config
 ) -> type[Family]:
     "The class of `family_of`."
     for family in FAMILIES:
-        if model_type in family.model_types: return family
-    raise ValueError(f"unsupported model type {model_type!r}; one of {', '.join(t for family in FAMILIES for t in family.model_types)}")
+        if model_type in family.model_types:
+            return family
+    raise ValueError(
+        f"unsupported model type {model_type!r}; one of {', '.join(t for family in FAMILIES for t in family.model_types)}"
+    )
 
 # %% ../nbs/26_teachers.ipynb #c040
 CONFIGS = Path(heed_nb.__file__).parent / "configs"
 
+
 def paper_config(
-    name: str,   # a file in heed_nb/configs
+    name: str,  # a file in heed_nb/configs
 ) -> PreTrainedConfig:
     "The configuration of one of the paper's teachers. Raises ValueError naming them."
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
-    if name not in names: raise ValueError(f"no configuration of {name!r}; one of {', '.join(names)}")
+    if name not in names:
+        raise ValueError(f"no configuration of {name!r}; one of {', '.join(names)}")
     return AutoConfig.for_model(**json.loads((CONFIGS / f"{name}.json").read_text()))
 
 # %% ../nbs/26_teachers.ipynb #c044
 @contextmanager
 def _naming(what):
     "Whatever the library raises inside is a one-line ValueError that begins with `what`."
-    try: yield
+    try:
+        yield
     except Exception as error:
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} "
         raise ValueError(f"{what}: {kind}{' '.join(str(error).split()):.400}") from error
+
 
 def local_folder(
     path: str | Path,  # a folder, or a hub id
 ) -> Path:
     "The folder, or a hub id's in the local cache; nothing is downloaded. Raises ValueError where there is neither."
     folder = Path(path)
-    if folder.is_dir(): return folder
+    if folder.is_dir():
+        return folder
     if len(folder.parts) == 2:
-        try: return Path(snapshot_download(str(path), local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError): pass
+        try:
+            return Path(snapshot_download(str(path), local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            pass
     raise ValueError(f"no model at {path}: neither a folder nor a model in the local hub cache")
 
 # %% ../nbs/26_teachers.ipynb #c046
 JSON_FILES = (  # what the library reads of a checkpoint
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json", "processor_config.json",
-    "preprocessor_config.json", "video_preprocessor_config.json")
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
 
 def _finite(text):
-    if not math.isfinite(value := float(text)): raise ValueError(f"{text} is not a finite number")
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
     return value
 
-def read_objects(
-    folder: Path,
-) -> dict[str, dict]:  # the name of each of JSON_FILES that is there, and its content
+
+def read_objects(folder: Path) -> dict[str, dict]:  # the name of each of JSON_FILES that is there, and its content
     "A checkpoint's JSON files. Raises ValueError naming the first that can't be read, is no object or holds NaN."
     objects = {}
     for name in JSON_FILES:
-        if not os.path.lexists(folder / name): continue
+        if not os.path.lexists(folder / name):
+            continue
         with _naming(f"{name} in {folder} is damaged"):
             text = (folder / name).read_text(encoding="utf-8")
             objects[name] = json.loads(text, parse_float=_finite, parse_constant=_finite)
-            if not isinstance(objects[name], dict): raise ValueError(f"it holds {objects[name]!r:.40}, not an object")
-    if "config.json" not in objects: raise ValueError(f"no model in {folder}: it has no config.json")
+            if not isinstance(objects[name], dict):
+                raise ValueError(f"it holds {objects[name]!r:.40}, not an object")
+    if "config.json" not in objects:
+        raise ValueError(f"no model in {folder}: it has no config.json")
     return objects
+
 
 def tensor_sizes(
     folder: Path,
-    index: dict | None,   # of model.safetensors.index.json; None: all weights are in model.safetensors
-) -> dict[str, int]:      # by name, the number of values
+    index: dict | None,  # of model.safetensors.index.json; None: all weights are in model.safetensors
+) -> dict[str, int]:  # by name, the number of values
     "The tensors of a checkpoint, by its weights' headers. Raises ValueError on a file that is not there or not whole."
     with _naming(f"model.safetensors.index.json in {folder} is damaged"):
         files = {"model.safetensors"} if index is None else {Path(name).name for name in index["weight_map"].values()}
-        if not files: raise ValueError("it names no file")
+        if not files:
+            raise ValueError("it names no file")
     sizes = {}
     for name in sorted(files):
-        if not (folder / name).is_file(): raise ValueError(f"{folder} has no {name}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}")
         with _naming(f"{folder / name} is truncated or damaged"), safe_open(folder / name, framework="pt") as file:
             sizes |= {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
     return sizes
@@ -455,16 +574,19 @@ def tensor_sizes(
 REFUSED = ("quantization_config", "fusion_config", "transformers_weights")  # they change what is loaded
 COUNTS, SIZES = ("num_hidden_layers", "depth"), ("_size", "_dim", "_heads")  # names of fields
 
+
 def _fields(value, name="config"):
     "Every field in a JSON value with its name, at any depth."
     yield name, value
     inside = value.items() if isinstance(value, dict) else [(name, v) for v in value] if isinstance(value, list) else []
-    for key, inner in inside: yield from _fields(inner, key)
+    for key, inner in inside:
+        yield from _fields(inner, key)
+
 
 def usable_config(
     folder: Path,
-    raw: dict,               # what its config.json holds
-    sizes: dict[str, int],   # of the tensors in its weights
+    raw: dict,  # what its config.json holds
+    sizes: dict[str, int],  # of the tensors in its weights
 ) -> PreTrainedConfig:
     """The config of a supported model, its attention as the library chooses.
 
@@ -473,50 +595,52 @@ def usable_config(
     family, largest = family_class(raw.get("model_type")), max(sizes.values(), default=0)
     with _naming(f"config.json in {folder} can't be used"):
         for name, value in _fields(raw):
-            if name in REFUSED: raise ValueError(f"{name} is not supported")
+            if name in REFUSED:
+                raise ValueError(f"{name} is not supported")
             if name.endswith("_implementation") and "/" in str(value):
                 raise ValueError(f"{name} {value!r} is code of a hub repository")
             limit = len(sizes) if name in COUNTS else largest if name.endswith(SIZES) else math.inf
             if isinstance(value, int) and value > limit:
                 raise ValueError(f"{name} is {value}, the weights have {limit} at most")
-            if isinstance(value, float) and value < 0: raise ValueError(f"{name} is {value}")
+            if isinstance(value, float) and value < 0:
+                raise ValueError(f"{name} is {value}")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None
         family(config)
     return config
 
 # %% ../nbs/26_teachers.ipynb #c048
-def check_processor(
-    config: PreTrainedConfig,
-    processor,
-) -> None:
+def check_processor(config: PreTrainedConfig, processor) -> None:
     "Raises ValueError if the processor and the model do not fit, or if an image or a letter comes out of it as none."
     family, tokenizer, images = family_of(config), processor.tokenizer, processor.image_processor
     last, words = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
-    if last >= words: raise ValueError(f"the tokenizer has a token {last}, the model has {words}")
+    if last >= words:
+        raise ValueError(f"the tokenizer has a token {last}, the model has {words}")
     if lost := [c for c in string.ascii_letters + string.digits if {*tokenizer.tokenize(c)} <= {tokenizer.unk_token}]:
         raise ValueError(f"the tokenizer has no piece for {lost[0]!r}")
     for name, (given, wanted) in family.sizes(config, processor).items():
-        if given != wanted: raise ValueError(f"{name} is {given} in the processor, {wanted} in the model")
+        if given != wanted:
+            raise ValueError(f"{name} is {given} in the processor, {wanted} in the model")
     templates = processor.chat_template or {}
     for template in templates.values() if isinstance(templates, dict) else [templates]:
-        with _naming("the chat template"): _compile_jinja_template(template)
-    if max(edge or 0 for edge in [0, *dict(images.size or {}).values()]) > 2 ** 28:
+        with _naming("the chat template"):
+            _compile_jinja_template(template)
+    if max(edge or 0 for edge in [0, *dict(images.size or {}).values()]) > 2**28:
         raise ValueError("it makes images larger than 2 ** 28 pixels")
     if max(getattr(images, name, 0) for name in ("max_patches", "max_slice_nums")) > 1000:
         raise ValueError("it cuts an image into more than 1000 tiles")
     batch = processor(text=[processor.image_token], images=[Image.new("RGB", (64, 64))], return_tensors="pt")
     family.check(batch["input_ids"] == processor.image_token_id, batch)
-    if not batch["pixel_values"].isfinite().all(): raise ValueError("its pixels are not finite")
+    if not batch["pixel_values"].isfinite().all():
+        raise ValueError("its pixels are not finite")
 
-def fitting_processor(
-    folder: Path,
-    config: PreTrainedConfig,
-):
+
+def fitting_processor(folder: Path, config: PreTrainedConfig):
     "A checkpoint's processor. Raises ValueError on files that can't be used or do not fit the model."
     with _naming(f"the tokenizer or processor files in {folder} can't be used"):
         processor = family_of(config).processor_class.from_pretrained(folder, trust_remote_code=False)
-        if processor.image_token_id == config.image_token_id: check_processor(config, processor)
+        if processor.image_token_id == config.image_token_id:
+            check_processor(config, processor)
     if processor.image_token_id != config.image_token_id:
         given, wanted = processor.image_token_id, config.image_token_id
         raise ValueError(f"the tokenizer in {folder} has image token {given}, its model {wanted}")
@@ -524,17 +648,20 @@ def fitting_processor(
 
 # %% ../nbs/26_teachers.ipynb #c049
 def check_tensors(
-    unfit,    # names of tensors that are missing or of another shape
-    folder,   # for the message
+    unfit,  # names of tensors that are missing or of another shape
+    folder,  # for the message
 ) -> None:
     "Raises ValueError naming the first, if there are any."
     if unfit := sorted(unfit):
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {len(unfit)} tensors are missing or of "
-                         f"another shape, first {unfit[0]}")
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {len(unfit)} tensors are missing or of "
+            f"another shape, first {unfit[0]}"
+        )
+
 
 def check_checkpoint(
-    path,       # a folder, or a hub id whose files are in the local hub cache
-) -> tuple:     # the folder, the model's config, its processor
+    path,  # a folder, or a hub id whose files are in the local hub cache
+) -> tuple:  # the folder, the model's config, its processor
     """A teacher's or a student's folder, found whole and fit to be loaded; only the headers of weights are interpreted.
 
     Raises a one-line ValueError on a missing folder, missing or damaged files, files that differ from their hashes, an
@@ -549,7 +676,8 @@ def check_checkpoint(
     config = usable_config(folder, objects["config.json"], sizes)
     processor = fitting_processor(folder, config)
     with _naming(f"generation_config.json in {folder} can't be used"):
-        if "generation_config.json" in objects: GenerationConfig.from_pretrained(folder)
+        if "generation_config.json" in objects:
+            GenerationConfig.from_pretrained(folder)
     with _naming(f"config.json in {folder} can't be used"):
         model, report = _load(folder, config, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True)
     check_tensors([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])], folder)
@@ -558,64 +686,81 @@ def check_checkpoint(
         if type(token) is not int or not 0 <= token < words:
             raise ValueError(f"eos_token_id {token!r} in {folder} is none of the {words} tokens")
     if surplus := sorted(report["unexpected_keys"]):
-        raise ValueError(f"the weights in {folder} hold {len(surplus)} tensors that its config.json has no place for, "
-                         f"first {surplus[0]}")
+        raise ValueError(
+            f"the weights in {folder} hold {len(surplus)} tensors that its config.json has no place for, "
+            f"first {surplus[0]}"
+        )
     return folder, config, processor
+
 
 def _load(folder, config, **kwargs):
     return AutoModelForImageTextToText.from_pretrained(folder, config=config, use_safetensors=True, **kwargs)
 
+
 def load_teacher(
-    path,                                # as for `check_checkpoint`
+    path,  # as for `check_checkpoint`
     *,
     dtype: torch.dtype = torch.float32,
-) -> tuple:                              # the model in eval mode, its processor
+) -> tuple:  # the model in eval mode, its processor
     "A checkpoint's model and processor. Raises ValueError as `check_checkpoint` does."
     folder, config, processor = check_checkpoint(path)
     with _naming(f"the model in {folder} can't be loaded"):
         model = _load(folder, config, dtype=dtype)
         for name, buffer in model.named_buffers():
-            if not buffer.isfinite().all(): raise ValueError(f"its config.json makes {name} infinite")
+            if not buffer.isfinite().all():
+                raise ValueError(f"its config.json makes {name} infinite")
     return model, processor
 
 # %% ../nbs/26_teachers.ipynb #c051
-def turn_end(
-    processor,
-) -> int | None:
+def turn_end(processor) -> int | None:
     "The added token that the chat template prints first after an answer; None if it prints none."
     tokenizer, mark = processor.tokenizer, "\ue000"
     asked = dict(role="user", content=[dict(type="text", text="a")])
     for answer in (mark, [dict(type="text", text=mark)]):  # templates take the one, the other or both
         chat = [asked, dict(role="assistant", content=answer), asked]
-        try: _, after = processor.apply_chat_template(chat, tokenize=False).split(mark)
-        except Exception: continue  # a template is a program
+        try:
+            _, after = processor.apply_chat_template(chat, tokenize=False).split(mark)
+        except Exception:
+            continue  # a template is a program
         added, tokens = tokenizer.get_added_vocab().values(), tokenizer(after, add_special_tokens=False)["input_ids"]
         return next((token for token in tokens if token in added), None)
 
-def end_tokens(
-    model,
-    processor,
-) -> list[int]:
+
+def end_tokens(model, processor) -> list[int]:
     "The tokens that end an answer: the `generation_config.json`'s, the tokenizer's and the chat template's."
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({*ends, processor.tokenizer.eos_token_id, turn_end(processor)} - {None})
 
+
 @torch.inference_mode()
 def greedy_answers(
-    model,                    # a teacher or a student
+    model,  # a teacher or a student
     processor,
     chats: list[list[dict]],  # messages as the chat template takes them, each ending with a question
     max_new_tokens: int,
 ) -> list[str]:
     "The likeliest text, token by token, after each chat."
     inputs = processor.apply_chat_template(
-        chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-        processor_kwargs=dict(padding=True, padding_side="left")).to(model.device)
-    own, settings = model.generation_config, GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_tokens(model, processor),
-        pad_token_id=processor.tokenizer.pad_token_id)
+        chats,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=dict(padding=True, padding_side="left"),
+    ).to(model.device)
+    own, settings = (
+        model.generation_config,
+        GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end_tokens(model, processor),
+            pad_token_id=processor.tokenizer.pad_token_id,
+        ),
+    )
     model.generation_config = settings  # from which `generate` fills what its caller leaves open
-    try: tokens = model.generate(**inputs, generation_config=settings)
-    finally: model.generation_config = own
-    return processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    try:
+        tokens = model.generate(**inputs, generation_config=settings)
+    finally:
+        model.generation_config = own
+    return processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -43,7 +43,7 @@ from .trainer import check_launch, drop_newer, load_checkpoint, save_checkpoint
 
 # %% ../nbs/42_toyworld.ipynb #c005
 SIDE, PATCH = 96, 8  # pixels: 12 x 12 patches, 6 x 6 visual tokens
-BAND = 32            # pixels, of the part of a page that shapes stand in
+BAND = 32  # pixels, of the part of a page that shapes stand in
 KINDS = ("form", "chart", "scene", "infographic", "diagram")
 KEYS = "ACEHKLTX"
 GLYPHS = "0123456789" + KEYS
@@ -55,20 +55,24 @@ FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold")
 ADVANCE = 8  # pixels a glyph; print stands on a grid of 8, like a typewriter's, which a tower this small learns to read in minutes
 INK, WHITE = (25, 25, 35), (250, 250, 250)
 
+
 @dataclass(frozen=True)
 class Text:
     "A line of glyphs, `size` pixels high, its upper left corner at (x, y)."
+
     string: str
     x: int
     y: int
     font: str
     size: int
     ink: tuple = INK
-    field: str = ""   # whose value it prints
+    field: str = ""  # whose value it prints
+
 
 @dataclass(frozen=True)
 class Shape:
     "A filled shape in the box (x, y, x + size, y + size)."
+
     name: str
     colour: str
     place: str
@@ -76,17 +80,21 @@ class Shape:
     y: int
     size: int
 
+
 @dataclass(frozen=True)
 class Page:
     "What stands on a page; `fields` maps what is asked for (a key, a sign's colour, a shape) to the printed value."
+
     kind: str
     paper: str
-    texture: int    # seed of the background's texture, 0 for smooth paper
-    shapes: tuple   # of Shape
-    plates: tuple   # (colour, box): bars and signs, under the text
-    texts: tuple    # of Text
-    fields: tuple   # (name, value) pairs
-    hatched: tuple = field(default=(), repr=False)  # top, slope and period of a band of stripes, in a regime alone: a page's checksum is of its repr
+    texture: int  # seed of the background's texture, 0 for smooth paper
+    shapes: tuple  # of Shape
+    plates: tuple  # (colour, box): bars and signs, under the text
+    texts: tuple  # of Text
+    fields: tuple  # (name, value) pairs
+    hatched: tuple = field(
+        default=(), repr=False
+    )  # top, slope and period of a band of stripes, in a regime alone: a page's checksum is of its repr
 
 # %% ../nbs/42_toyworld.ipynb #c006
 @functools.cache
@@ -102,10 +110,14 @@ def glyph(
     ImageDraw.Draw(mask).text((-left, -top), char, fill=255, font=face)
     return mask, left, top
 
-def _on_grid(r, low, high): return r.randrange(low, high + 1, 8)
+
+def _on_grid(r, low, high):
+    return r.randrange(low, high + 1, 8)
 
 # %% ../nbs/42_toyworld.ipynb #c008
-def _digits(r, n): return "".join(r.choice("0123456789") for _ in range(n))
+def _digits(r, n):
+    return "".join(r.choice("0123456789") for _ in range(n))
+
 
 def _form(r, body, font, keys):
     x, gap = _on_grid(r, 0, 24), _on_grid(r, 16, 32)
@@ -113,8 +125,9 @@ def _form(r, body, font, keys):
     texts = [t for k, v, y in rows for t in (Text(k, x, y, font, 13), Text(v, x + gap, y, font, 13, field=k))]
     return dict(texts=texts, fields=[(k, v) for k, v, _ in rows])
 
+
 def _chart(r, body, font, keys):
-    n, unit, colour = r.randint(3, 4), r.uniform(.15, .3), r.choice(list(COLOURS))
+    n, unit, colour = r.randint(3, 4), r.uniform(0.15, 0.3), r.choice(list(COLOURS))
     step, base, plates, texts, fields = SIDE // n, body + 48, [], [], []
     for i, k in enumerate(keys[:n]):
         v = r.randint(10, 99)
@@ -123,6 +136,7 @@ def _chart(r, body, font, keys):
         texts += [Text(k, x, base, font, 13), Text(str(v), x, (top - 15) // 8 * 8, font, 13, field=k)]
         fields.append((k, str(v)))
     return dict(plates=plates, texts=texts, fields=fields)
+
 
 def _scene(r, body, font, keys):
     plates, texts, fields = [], [], []
@@ -133,6 +147,7 @@ def _scene(r, body, font, keys):
         fields.append((colour, v))
     return dict(texture=r.getrandbits(30) | 1, plates=plates, texts=texts, fields=fields)
 
+
 def _infographic(r, body, font, keys):
     texts, fields = [], []
     for i, k in enumerate(keys):
@@ -141,6 +156,7 @@ def _infographic(r, body, font, keys):
         texts += [Text(k, x, y, font, 11), Text(v, x + 16, y, font, 11, field=k)]
         fields.append((k, v))
     return dict(texts=texts, fields=fields)
+
 
 def _diagram(r, font):
     shapes, texts, fields = [], [], []
@@ -151,17 +167,21 @@ def _diagram(r, font):
         fields.append((name, v))
     return dict(shapes=shapes, texts=texts, fields=fields)
 
+
 def _band(r, top):
     n = r.randint(1, 3)
     out = []
     for name, colour, p in zip(r.sample(SHAPES, n), r.sample(list(COLOURS), n), r.sample(range(3), n)):
         size = r.randint(20, 28)
-        out.append(Shape(name, colour, PLACES[p], 32 * p + r.randint(1, 31 - size), top + r.randint(1, 31 - size), size))
+        out.append(
+            Shape(name, colour, PLACES[p], 32 * p + r.randint(1, 31 - size), top + r.randint(1, 31 - size), size)
+        )
     return out
+
 
 def draw_page(
     r: random.Random,
-    kind: str,         # one of KINDS
+    kind: str,  # one of KINDS
 ) -> Page:
     "A page of one kind, drawn from `r`."
     paper, font = r.choice(list(PAPERS)), r.choice(FONTS)
@@ -177,35 +197,44 @@ def draw_page(
 # %% ../nbs/42_toyworld.ipynb #c009
 @functools.cache
 def _paper(name):
-    fade = np.linspace(1., .9, SIDE, dtype=np.float32)[:, None, None]
+    fade = np.linspace(1.0, 0.9, SIDE, dtype=np.float32)[:, None, None]
     return (np.array(PAPERS[name], np.float32) * fade).repeat(SIDE, 1).astype(np.uint8)
+
 
 def _textured(paper, seed):
     r, t = random.Random(seed), np.arange(SIDE, dtype=np.float32)
-    wave = np.sin(t * r.uniform(.1, .6) + t[:, None] * r.uniform(.1, .6) + r.uniform(0, 6))
-    return (paper * .75 + 20 + 14 * wave[..., None]).clip(0, 255).astype(np.uint8)
+    wave = np.sin(t * r.uniform(0.1, 0.6) + t[:, None] * r.uniform(0.1, 0.6) + r.uniform(0, 6))
+    return (paper * 0.75 + 20 + 14 * wave[..., None]).clip(0, 255).astype(np.uint8)
+
 
 def _hatched(paper, top, slope, period):
     y, x = np.mgrid[:BAND, :SIDE]
     out = paper.copy()
-    out[top:top + BAND][(x + slope * y) % period < period / 3] //= 5
+    out[top : top + BAND][(x + slope * y) % period < period / 3] //= 5
     return out
+
 
 def _draw_shape(draw, shape, fill):
     x, y, s = shape.x, shape.y, shape.size
-    if shape.name == "circle": draw.ellipse((x, y, x + s, y + s), fill=fill)
-    elif shape.name == "square": draw.rectangle((x, y, x + s, y + s), fill=fill)
-    else: draw.polygon([(x, y + s), (x + s, y + s), (x + s // 2, y)], fill=fill)
+    if shape.name == "circle":
+        draw.ellipse((x, y, x + s, y + s), fill=fill)
+    elif shape.name == "square":
+        draw.rectangle((x, y, x + s, y + s), fill=fill)
+    else:
+        draw.polygon([(x, y + s), (x + s, y + s), (x + s // 2, y)], fill=fill)
 
-def render(
-    page: Page,
-) -> Image.Image:  # RGB, SIDE x SIDE
+
+def render(page: Page) -> Image.Image:  # RGB, SIDE x SIDE
     "The page as an image."
     paper = _paper(page.paper)
-    image = Image.fromarray(_textured(paper, page.texture) if page.texture else _hatched(paper, *page.hatched) if page.hatched else paper)
+    image = Image.fromarray(
+        _textured(paper, page.texture) if page.texture else _hatched(paper, *page.hatched) if page.hatched else paper
+    )
     draw = ImageDraw.Draw(image)
-    for shape in page.shapes: _draw_shape(draw, shape, COLOURS[shape.colour])
-    for colour, box in page.plates: draw.rectangle(box, fill=COLOURS[colour])
+    for shape in page.shapes:
+        _draw_shape(draw, shape, COLOURS[shape.colour])
+    for colour, box in page.plates:
+        draw.rectangle(box, fill=COLOURS[colour])
     for text in page.texts:
         for i, char in enumerate(text.string):
             mask, dx, dy = glyph(char, text.font, text.size)
@@ -216,6 +245,7 @@ def render(
 FILLS = [(name, colour) for name in SHAPES for colour in COLOURS] + [("plate", colour) for colour in COLOURS]
 LABELS = dict(glyph=GLYPHS, field=(*KEYS, *COLOURS, *SHAPES), digit=(0, 1, 2), fill=FILLS, place=PLACES)
 POINTS = dict(glyph=(2, 4), field=(2, 4), digit=(2, 4), fill=(2, 2), place=(2, 2))  # of a visual token, down and across
+
 
 def page_labels(
     page: Page,
@@ -228,13 +258,16 @@ def page_labels(
         for i, char in enumerate(text.string):
             x = text.x + ADVANCE * i
             shown = dict(glyph=char) | (dict(field=text.field, digit=i) if text.field else {})
-            for name, value in shown.items(): draw[name].rectangle((x, text.y, x + ADVANCE - 1, text.y + text.size + 2), fill=number(name, value))
+            for name, value in shown.items():
+                draw[name].rectangle((x, text.y, x + ADVANCE - 1, text.y + text.size + 2), fill=number(name, value))
     for shape in page.shapes:
-        for name, value in dict(fill=(shape.name, shape.colour), place=shape.place).items(): _draw_shape(draw[name], shape, number(name, value))
-    for colour, box in page.plates: draw["fill"].rectangle(box, fill=number("fill", ("plate", colour)))
+        for name, value in dict(fill=(shape.name, shape.colour), place=shape.place).items():
+            _draw_shape(draw[name], shape, number(name, value))
+    for colour, box in page.plates:
+        draw["fill"].rectangle(box, fill=number("fill", ("plate", colour)))
     out = {}
     for name, (h, w) in POINTS.items():
-        lattice = np.asarray(layers[name])[4::16 // h, 8 // w::16 // w]
+        lattice = np.asarray(layers[name])[4 :: 16 // h, 8 // w :: 16 // w]
         out[name] = lattice.reshape(6, h, 6, w).transpose(0, 2, 1, 3).reshape(6, 6, h * w)
     return out
 
@@ -242,47 +275,68 @@ def page_labels(
 @dataclass(frozen=True)
 class Question:
     "A benchmark's question about a page."
-    key: str                  # e.g. "docvqa-000017"
-    benchmark: str            # a key of conditions.TASKS
-    question: str             # as asked, options included
-    answer: str               # as the model should print it: of a multiple choice the option itself
-    choices: tuple | None     # the options
-    turn: tuple               # (question, answer) in training, where every other multiple-choice question is asked without options
+
+    key: str  # e.g. "docvqa-000017"
+    benchmark: str  # a key of conditions.TASKS
+    question: str  # as asked, options included
+    answer: str  # as the model should print it: of a multiple choice the option itself
+    choices: tuple | None  # the options
+    turn: tuple  # (question, answer) in training, where every other multiple-choice question is asked without options
     page: Page | None = None
     image: Image.Image | None = None
 
+
 def _written(benchmark, question, answer):
     return Question("", benchmark, question, answer, None, (question, answer))
+
 
 def _choice(r, benchmark, question, right, wrong, open_too=True):
     options = [right, *wrong]
     r.shuffle(options)
     asked = f"{question} {' '.join(options)}"
-    return Question("", benchmark, asked, right, tuple(options), (question if open_too and r.random() < .5 else asked, right))
+    return Question(
+        "", benchmark, asked, right, tuple(options), (question if open_too and r.random() < 0.5 else asked, right)
+    )
 
-READING = {"form": ("docvqa", "value of {}?"), "chart": ("chartqa", "bar {}?"), "scene": ("textvqa", "{} sign?"), "infographic": ("infovqa", "number of {}?")}
+
+READING = {
+    "form": ("docvqa", "value of {}?"),
+    "chart": ("chartqa", "bar {}?"),
+    "scene": ("textvqa", "{} sign?"),
+    "infographic": ("infovqa", "number of {}?"),
+}
 RULE = ("go", "stop")
 
-def page_questions(
-    page: Page,
-    r: random.Random,
-) -> list[Question]:
+
+def page_questions(page: Page, r: random.Random) -> list[Question]:
     "Every benchmark's question that can be asked about a page, one for each field and shape, in random order."
     out = []
     for name, value in page.fields:
         if page.kind == "diagram":
             out.append(_choice(r, "ai2d", f"label of {name}?", value, r.sample(sorted({*"0123456789"} - {value}), 2)))
         else:
-            benchmark, question = READING[page.kind] if r.random() < .7 else ("ocrbench_v2", "read {}?")
+            benchmark, question = READING[page.kind] if r.random() < 0.7 else ("ocrbench_v2", "read {}?")
             out.append(_written(benchmark, question.format(name), value))
     for shape in page.shapes:
         colours = [c for c in COLOURS if c != shape.colour]
         colour = r.choice([shape.colour, r.choice(colours)])
-        out.append(replace(_written("mmmu_pro", f"go if {shape.name} is {colour} else stop?", "go" if colour == shape.colour else "stop"), choices=RULE))
-        if r.random() < .5: out.append(_choice(r, "mmstar", f"colour of {shape.name}?", shape.colour, r.sample(colours, 3)))
-        else: out.append(_choice(r, "mmstar", f"place of {shape.name}?", shape.place, [p for p in PLACES if p != shape.place]))
+        out.append(
+            replace(
+                _written(
+                    "mmmu_pro", f"go if {shape.name} is {colour} else stop?", "go" if colour == shape.colour else "stop"
+                ),
+                choices=RULE,
+            )
+        )
+        if r.random() < 0.5:
+            out.append(_choice(r, "mmstar", f"colour of {shape.name}?", shape.colour, r.sample(colours, 3)))
+        else:
+            out.append(
+                _choice(r, "mmstar", f"place of {shape.name}?", shape.place, [p for p in PLACES if p != shape.place])
+            )
     n = len(page.shapes)
-    if n == 1 or r.random() < .5: out.append(_choice(r, "mmbench", "how many shapes?", str(n), [str(k) for k in (1, 2, 3) if k != n]))
+    if n == 1 or r.random() < 0.5:
+        out.append(_choice(r, "mmbench", "how many shapes?", str(n), [str(k) for k in (1, 2, 3) if k != n]))
     else:
         first, second = sorted(r.sample(page.shapes, 2), key=lambda s: PLACES.index(s.place))
         out.append(_choice(r, "mmbench", "which is more left?", first.name, [second.name], open_too=False))
@@ -294,20 +348,33 @@ def page_questions(
 # %% ../nbs/42_toyworld.ipynb #c021
 def draw_regime(
     r: random.Random,
-    key: str,               # of conditions.REGIMES
+    key: str,  # of conditions.REGIMES
 ) -> tuple[Page, Question]:
     "A page of a regime and the question about it."
     paper, font = r.choice(list(PAPERS)), r.choice(FONTS)
     if key == "texture":
         top, body = r.choice([(0, BAND), (SIDE - BAND, 0)])
         parts = _form(r, body, font, r.sample(KEYS, 6))
-        page = Page("form", paper, 0, (), (), tuple(parts["texts"]), tuple(parts["fields"]), (top, r.choice((-1, 1)), r.choice((5, 6))))
+        page = Page(
+            "form",
+            paper,
+            0,
+            (),
+            (),
+            tuple(parts["texts"]),
+            tuple(parts["fields"]),
+            (top, r.choice((-1, 1)), r.choice((5, 6))),
+        )
         name, value = r.choice(page.fields)
         return page, _written(key, READING["form"][1].format(name), value)
     size = r.randint(52, 60)
     x, y = r.choice((2, SIDE - 2 - size)), r.choice((2, SIDE - 2 - size))
     shape = Shape(r.choice(SHAPES), r.choice(list(COLOURS)), PLACES[(x + size // 2) // 32], x, y, size)
-    lines = [Text("".join(r.sample(GLYPHS, 3)), left, top, font, 13) for top in range(0, SIDE - 15, 16) for left in (0, 32, 64)]
+    lines = [
+        Text("".join(r.sample(GLYPHS, 3)), left, top, font, 13)
+        for top in range(0, SIDE - 15, 16)
+        for left in (0, 32, 64)
+    ]
     clear = [t for t in lines if t.x + 3 * ADVANCE <= x or t.x > x + size or t.y + 16 <= y or t.y > y + size]
     page = Page("print", paper, 0, (shape,), (), tuple(clear), ())
     return page, _choice(r, key, f"colour of {shape.name}?", shape.colour, [c for c in COLOURS if c != shape.colour])
@@ -315,14 +382,18 @@ def draw_regime(
 # %% ../nbs/42_toyworld.ipynb #c023
 TURNS = 6  # questions a sample
 
+
 class Documents:
     "Map-style data set of `Sample`s, one page with some of its questions each; endless and deterministic in (seed, split, index)."
-    def __init__(self,
+
+    def __init__(
+        self,
         seed: int = 0,
         split: str = "train",  # "train" or "test": no page is in both
         kinds=KINDS,
     ):
-        if split not in ("train", "test"): raise ValueError(f"unknown split {split!r}; one of train, test")
+        if split not in ("train", "test"):
+            raise ValueError(f"unknown split {split!r}; one of train, test")
         self.seed, self.split, self.kinds = seed, split, tuple(kinds)
 
     def page(self, index: int) -> tuple[Page, list[Question]]:
@@ -330,7 +401,8 @@ class Documents:
         r = random.Random(f"{self.seed}/{self.split}/{index}")
         while True:
             page = draw_page(r, r.choice(self.kinds))
-            if (zlib.crc32(repr(page).encode()) % 8 == 0) == (self.split == "test"): return page, page_questions(page, r)
+            if (zlib.crc32(repr(page).encode()) % 8 == 0) == (self.split == "test"):
+                return page, page_questions(page, r)
 
     def __getitem__(self, index: int) -> Sample:
         page, questions = self.page(index)
@@ -338,78 +410,119 @@ class Documents:
 
 # %% ../nbs/42_toyworld.ipynb #c024
 def benchmark(
-    key: str,       # of conditions.TASKS
-    n: int,         # questions, each about a page of its own
+    key: str,  # of conditions.TASKS
+    n: int,  # questions, each about a page of its own
     seed: int = 0,
 ) -> list[Question]:
     "The toy benchmark that stands for one of the paper's, from test pages, or a regime. Raises ValueError for an unknown key."
     kinds = {b: (kind,) for kind, (b, _) in READING.items()} | {"ai2d": ("diagram",), "ocrbench_v2": tuple(READING)}
     kinds |= dict.fromkeys(("mmmu_pro", "mmstar", "mmbench", "mathvista"), KINDS)
-    if key not in (*kinds, *REGIMES): raise ValueError(f"unknown benchmark {key!r}; one of {', '.join((*kinds, *REGIMES))}")
+    if key not in (*kinds, *REGIMES):
+        raise ValueError(f"unknown benchmark {key!r}; one of {', '.join((*kinds, *REGIMES))}")
     if key in REGIMES:
         asked = (draw_regime(random.Random(f"{key}/{seed}/{i}"), key) for i in itertools.count())
     else:
         drawn = map(Documents(f"{key}-{seed}", "test", kinds[key]).page, itertools.count())
-        asked = ((page, q) for page, questions in drawn if (q := next((q for q in questions if q.benchmark == key), None)))
-    return [replace(q, key=f"{key}-{i:06d}", page=page, image=render(page)) for i, (page, q) in enumerate(itertools.islice(asked, n))]
+        asked = (
+            (page, q) for page, questions in drawn if (q := next((q for q in questions if q.benchmark == key), None))
+        )
+    return [
+        replace(q, key=f"{key}-{i:06d}", page=page, image=render(page))
+        for i, (page, q) in enumerate(itertools.islice(asked, n))
+    ]
 
 # %% ../nbs/42_toyworld.ipynb #c034
 FAILURES = ("F1", "F3", "other")  # the toy world has no F2
 
+
 def asked_text(
-    question: Question,    # of `benchmark`
+    question: Question,  # of `benchmark`
 ) -> Text | None:
     "The print that the answer is copied from; None where the answer is not in print."
-    if question.benchmark not in (*FINE_GRAINED, "texture"): return None
+    if question.benchmark not in (*FINE_GRAINED, "texture"):
+        return None
     words = re.findall(r"\w+", question.question)
     return next(t for t in question.page.texts if t.field in words)
 
+
 def failure(
-    question: Question,    # of `benchmark`
-    response: str,         # a wrong one
-) -> str:                  # of FAILURES
+    question: Question,  # of `benchmark`
+    response: str,  # a wrong one
+) -> str:  # of FAILURES
     "Why an answer may be wrong, by the rule above."
     text = asked_text(question)
-    if text is None: return "F1" if question.benchmark in ("mathvista", "mmmu_pro") else "other"
-    if response.strip() in {t.string for t in question.page.texts if t.field} - {text.string}: return "F1"
+    if text is None:
+        return "F1" if question.benchmark in ("mathvista", "mmmu_pro") else "other"
+    if response.strip() in {t.string for t in question.page.texts if t.field} - {text.string}:
+        return "F1"
     return "F3" if max(max(glyph(c, text.font, text.size)[0].size) for c in text.string) <= PATCH else "other"
 
 # %% ../nbs/42_toyworld.ipynb #c039
 @dataclass(frozen=True)
 class Toy:
     "What makes a toy teacher one of a family."
-    picture: str          # an image in the chat template
-    vision_tokens: tuple  # those that begin and end an image and that stand for it, then any others
-    images: object        # its image processor
-    text: dict            # fields of the decoder's config
-    vision: dict          # fields of the tower's, beside its width and depth
-    sizes: tuple = ("depth", "out_hidden_size")       # the tower's fields for its depth and, if it has one, for the decoder's width
-    positions: str = ""   # the tower's table of learned positions, where it sees by no other where a patch stands: begins as sines
-    fields: dict = field(default_factory=dict)        # of the config
-    processing: dict = field(default_factory=dict)    # fields of the processor
 
-ROPE = dict(rope_type="default", rope_theta=10000.)
-PATCHES = dict(patch_size=PATCH, temporal_patch_size=1, merge_size=2, size=dict(shortest_edge=32 * 32, longest_edge=512 * 512))
+    picture: str  # an image in the chat template
+    vision_tokens: tuple  # those that begin and end an image and that stand for it, then any others
+    images: object  # its image processor
+    text: dict  # fields of the decoder's config
+    vision: dict  # fields of the tower's, beside its width and depth
+    sizes: tuple = (
+        "depth",
+        "out_hidden_size",
+    )  # the tower's fields for its depth and, if it has one, for the decoder's width
+    positions: str = (
+        ""  # the tower's table of learned positions, where it sees by no other where a patch stands: begins as sines
+    )
+    fields: dict = field(default_factory=dict)  # of the config
+    processing: dict = field(default_factory=dict)  # fields of the processor
+
+
+ROPE = dict(rope_type="default", rope_theta=10000.0)
+PATCHES = dict(
+    patch_size=PATCH, temporal_patch_size=1, merge_size=2, size=dict(shortest_edge=32 * 32, longest_edge=512 * 512)
+)
 BLOCKS = dict(num_heads=4, patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=1)
 LAYERS = dict(num_attention_heads=4, patch_size=PATCH, image_size=SIDE)
 TOYS = {
     "qwen3_vl": Toy(
-        "<|vision_start|><|image_pad|><|vision_end|>", ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"), Qwen2VLImageProcessorPil(**PATCHES),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+        Qwen2VLImageProcessorPil(**PATCHES),
         dict(head_dim=32, rope_parameters=ROPE | dict(mrope_section=[6, 5, 5], mrope_interleaved=True)),
-        BLOCKS | dict(num_position_embeddings=144, deepstack_visual_indexes=[0])),
+        BLOCKS | dict(num_position_embeddings=144, deepstack_visual_indexes=[0]),
+    ),
     "internvl": Toy(
-        "<IMG_CONTEXT>", ("<img>", "</img>", "<IMG_CONTEXT>"), GotOcr2ImageProcessorPil(size=dict(height=SIDE, width=SIDE), max_patches=4),
-        dict(model_type="qwen3", head_dim=32, rope_parameters=ROPE), LAYERS | dict(attention_bias=True, layer_scale_init_value=1.),
-        sizes=("num_hidden_layers",), positions="model.vision_tower.embeddings.position_embeddings",
-        fields=dict(image_seq_length=36), processing=dict(image_seq_length=36)),
+        "<IMG_CONTEXT>",
+        ("<img>", "</img>", "<IMG_CONTEXT>"),
+        GotOcr2ImageProcessorPil(size=dict(height=SIDE, width=SIDE), max_patches=4),
+        dict(model_type="qwen3", head_dim=32, rope_parameters=ROPE),
+        LAYERS | dict(attention_bias=True, layer_scale_init_value=1.0),
+        sizes=("num_hidden_layers",),
+        positions="model.vision_tower.embeddings.position_embeddings",
+        fields=dict(image_seq_length=36),
+        processing=dict(image_seq_length=36),
+    ),
     "glm4v": Toy(
-        "<|begin_of_image|><|image|><|end_of_image|>", ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>"), Glm4vImageProcessorPil(**PATCHES),
-        dict(rope_parameters=ROPE | dict(mrope_section=[4, 2, 2], partial_rotary_factor=.5)), BLOCKS | dict(image_size=SIDE)),
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>"),
+        Glm4vImageProcessorPil(**PATCHES),
+        dict(rope_parameters=ROPE | dict(mrope_section=[4, 2, 2], partial_rotary_factor=0.5)),
+        BLOCKS | dict(image_size=SIDE),
+    ),
     "minicpmv": Toy(
-        "<unk>", ("<image>", "</image>", "<unk>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
-        MiniCPMVImageProcessor(patch_size=PATCH, scale_resolution=SIDE, max_slice_nums=4, image_feature_size=36, use_image_id=False),
-        dict(head_dim=32, rope_parameters=ROPE), LAYERS,
-        sizes=("num_hidden_layers",), positions="vpm.embeddings.position_embedding.weight", fields=dict(query_num=36))}
+        "<unk>",
+        ("<image>", "</image>", "<unk>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
+        MiniCPMVImageProcessor(
+            patch_size=PATCH, scale_resolution=SIDE, max_slice_nums=4, image_feature_size=36, use_image_id=False
+        ),
+        dict(head_dim=32, rope_parameters=ROPE),
+        LAYERS,
+        sizes=("num_hidden_layers",),
+        positions="vpm.embeddings.position_embedding.weight",
+        fields=dict(query_num=36),
+    ),
+}
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -418,34 +531,49 @@ CHAT_TEMPLATE = (
     "{%- if c.type == 'image' %}{{- 'PICTURE' }}{%- else %}{{- c.text }}{%- endif %}"
     "{%- endfor %}{%- endif %}"
     "{{- '<|im_end|>' if m.role == 'assistant' else '<|im_start|>' }}"
-    "{%- endfor %}")
+    "{%- endfor %}"
+)
+
 
 def _toy(model_type):
-    if model_type not in TOYS: raise ValueError(f"no toy teacher of model type {model_type!r}; one of {', '.join(TOYS)}")
+    if model_type not in TOYS:
+        raise ValueError(f"no toy teacher of model type {model_type!r}; one of {', '.join(TOYS)}")
     return TOYS[model_type]
 
-def tokenizer(
-    model_type: str = "qwen3_vl",
-) -> PreTrainedTokenizerFast:
+
+def tokenizer(model_type: str = "qwen3_vl") -> PreTrainedTokenizerFast:
     "A byte-level BPE tokenizer trained on the toy world's questions; padding on the left."
     t = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(" ?[A-Za-z]+|[0-9]|[^A-Za-z0-9]"), "isolated")
-    t.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     t.decoder = decoders.ByteLevel()
     begin, end, image, *others = _toy(model_type).vision_tokens
     special = [*SPECIAL, begin, end, image, *(others[:1] or ["<|unused|>"])]
     corpus = [s for i in range(400) for q in Documents().page(i)[1] for s in (q.question, q.answer)]
-    t.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
-                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     t.add_special_tokens(others[1:])
-    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
 
-def processor(
-    model_type: str = "qwen3_vl",
-) -> ProcessorMixin:
+
+def processor(model_type: str = "qwen3_vl") -> ProcessorMixin:
     "The toy teacher's processor: patches of 8 pixels, four to a token. Raises ValueError on an unknown model type."
     toy = _toy(model_type)
-    return family_class(model_type).processor_class(toy.images, tokenizer(model_type), chat_template=CHAT_TEMPLATE.replace("PICTURE", toy.picture), **toy.processing)
+    return family_class(model_type).processor_class(
+        toy.images, tokenizer(model_type), chat_template=CHAT_TEMPLATE.replace("PICTURE", toy.picture), **toy.processing
+    )
+
 
 def teacher_config(
     tokenizer: PreTrainedTokenizerFast,
@@ -457,20 +585,41 @@ def teacher_config(
 ) -> PreTrainedConfig:
     "The toy teacher's configuration: 1.5M parameters at the defaults, heads of 32 channels, two query heads a key-value head."
     toy, heads = _toy(model_type), hidden_size // 32
-    vision = toy.vision | dict(zip(toy.sizes, (vision_depth, hidden_size))) | dict(
-        hidden_size=vision_hidden_size, intermediate_size=2 * vision_hidden_size, initializer_range=.5 * vision_hidden_size ** -.5)
+    vision = (
+        toy.vision
+        | dict(zip(toy.sizes, (vision_depth, hidden_size)))
+        | dict(
+            hidden_size=vision_hidden_size,
+            intermediate_size=2 * vision_hidden_size,
+            initializer_range=0.5 * vision_hidden_size**-0.5,
+        )
+    )
     text = toy.text | dict(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_hidden_layers,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), max_position_embeddings=2048, tie_word_embeddings=True,
-        initializer_range=hidden_size ** -.5, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    names = ("vision_start", "vision_end", "image") if model_type == "qwen3_vl" else ("image_start", "image_end", "image")
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=hidden_size**-0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    names = (
+        ("vision_start", "vision_end", "image") if model_type == "qwen3_vl" else ("image_start", "image_end", "image")
+    )
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in zip(names, toy.vision_tokens)}
-    return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, tie_word_embeddings=True, **ids, **toy.fields)
+    return AutoConfig.for_model(
+        model_type, text_config=text, vision_config=vision, tie_word_embeddings=True, **ids, **toy.fields
+    )
 
 # %% ../nbs/42_toyworld.ipynb #c042
 class Muon(torch.optim.Optimizer):
     "Momentum whose singular values are brought near 1 by five Newton-Schulz iterations (Jordan, 2024); in float32, as torch's, in bfloat16, doubles a step's time on a CPU."
-    def __init__(self, params, lr: float, momentum: float = .95):
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
@@ -480,12 +629,15 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 u = p.grad.lerp(momentum, group["momentum"])
-                if tall := p.shape[0] > p.shape[1]: u = u.T
+                if tall := p.shape[0] > p.shape[1]:
+                    u = u.T
                 u = u / u.norm().clamp(min=1e-7)
                 for _ in range(5):
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.775 * gram) @ u
-                p.add_(u.T if tall else u, alpha=-.6 * group["lr"] * max(p.shape) ** .5)  # thrice the root mean square of an AdamW step
+                p.add_(
+                    u.T if tall else u, alpha=-0.6 * group["lr"] * max(p.shape) ** 0.5
+                )  # thrice the root mean square of an AdamW step
 
 # %% ../nbs/42_toyworld.ipynb #c045
 class _Batches(torch.utils.data.Dataset):
@@ -495,27 +647,34 @@ class _Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         indices = range(step * self.batch_size, (step + 1) * self.batch_size)
         batch = collate([self.documents[i] for i in indices], self.processor)
-        if self.phase != "read": return dict(batch)
+        if self.phase != "read":
+            return dict(batch)
         labels = [page_labels(self.documents.page(i)[0]) for i in indices]
-        return {**batch, **{name: torch.from_numpy(np.stack([of[name] for of in labels])).long().flatten() for name in LABELS}}
+        return {
+            **batch,
+            **{name: torch.from_numpy(np.stack([of[name] for of in labels])).long().flatten() for name in LABELS},
+        }
+
 
 READ_OUT = [math.prod(POINTS[name]) * (1 + len(classes)) for name, classes in LABELS.items()]
+
 
 def _read_loss(family, model, heads, batch):
     tokens, _, seen, *_ = family.tower(model, batch)
     tokens = tokens + sum(seen.get("deepstack_visual_embeds", []))
-    loss, right = 0., []
+    loss, right = 0.0, []
     for name, logits in zip(LABELS, heads(tokens).split(READ_OUT, -1)):
         logits, shown = logits.reshape(-1, 1 + len(LABELS[name])), batch[name]
         loss = loss + F.cross_entropy(logits, shown)
         right.append((logits.argmax(-1) == shown)[shown > 0].float().mean())
     return loss, torch.stack(right).mean()
 
+
 def mlp_energy(
     family: Family,
     model: torch.nn.Module,
-    inputs: dict,                   # of the decoder, as `language_inputs` gives them
-    mask: torch.Tensor,             # [B, T], 0 at padding
+    inputs: dict,  # of the decoder, as `language_inputs` gives them
+    mask: torch.Tensor,  # [B, T], 0 at padding
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [layers]; the decoder's last hidden states [B, T, D]
     "What each layer's MLP writes into the residual stream over what it reads, as mean of |update|^2 / |stream before|^2; no gradient through the latter."
     layers, there = family.layers(model), mask.bool()
@@ -524,28 +683,34 @@ def mlp_energy(
     energy = lambda x: x[there].square().sum(-1)
     return torch.stack([(energy(b - a) / energy(a).detach()).mean() for a, b in zip(before, after)]), hidden
 
+
 def _answer_loss(family, model, batch, mlp_weight):
     labels = batch["labels"][:, 1:]
     written, hidden = mlp_energy(family, model, family.language_inputs(model, batch).kwargs, batch["attention_mask"])
     asked = labels != -100
     logits = family.lm_head(model)(hidden[:, :-1][asked])
-    return F.cross_entropy(logits, labels[asked]) + mlp_weight * written.mean(), (logits.argmax(-1) == labels[asked]).float().mean()
+    return F.cross_entropy(logits, labels[asked]) + mlp_weight * written.mean(), (
+        logits.argmax(-1) == labels[asked]
+    ).float().mean()
+
 
 def _sines(table):
     "Fills a table of learned positions, with or without a first row that stands for no patch: from there a tower finds a neighbour in hundreds of steps."
     rows, width = table.shape[-2:]
     side = math.isqrt(rows)
-    turns = torch.arange(side)[:, None] * 100. ** -torch.linspace(0, 1, width // 4)
+    turns = torch.arange(side)[:, None] * 100.0 ** -torch.linspace(0, 1, width // 4)
     line = torch.cat([turns.sin(), turns.cos()], -1)
     across, down = line.expand(side, side, -1), line[:, None].expand(side, side, -1)
-    table.data[..., rows - side * side:, :] = .5 * torch.cat([down, across], -1).flatten(0, 1)
+    table.data[..., rows - side * side :, :] = 0.5 * torch.cat([down, across], -1).flatten(0, 1)
+
 
 def _start_from(decoder, start):
     "Takes over what fits of another teacher's decoder: tensors of the same name and shape, the shared rows of the embedding."
     ours, model = decoder.state_dict(), load_teacher(start)[0]
     for name, theirs in family_of(model).decoder(model).state_dict().items():
         if name in ours and ours[name].shape[1:] == theirs.shape[1:] and ours[name].shape[0] >= theirs.shape[0]:
-            ours[name][:len(theirs)].copy_(theirs)
+            ours[name][: len(theirs)].copy_(theirs)
+
 
 def train_teacher(
     out: str | Path,
@@ -555,79 +720,151 @@ def train_teacher(
     read_steps: int = 600,
     answer_steps: int = 1500,
     settle_steps: int = 500,
-    mlp_weight: float = .4,        # of `mlp_energy`, mean over layers, in the last phase
+    mlp_weight: float = 0.4,  # of `mlp_energy`, mean over layers, in the last phase
     batch_size: int = 32,
-    lr: float = 1.5e-3,            # peak of each phase's cosine, after 2 % warm-up; two thirds of it in the last
+    lr: float = 1.5e-3,  # peak of each phase's cosine, after 2 % warm-up; two thirds of it in the last
     seed: int = 0,
     kinds: Sequence[str] = KINDS,  # of its pages, each as often as it is named
-    checkpoint_every: int = 100,   # steps
+    checkpoint_every: int = 100,  # steps
     device: str = "cpu",
-    config: dict | None = None,    # fields of teacher_config
-) -> dict:                         # parameters, train_seconds, history: [phase, step, loss, share right]
+    config: dict | None = None,  # fields of teacher_config
+) -> dict:  # parameters, train_seconds, history: [phase, step, loss, share right]
     """Trains the toy teacher into `out`: bf16 weights, tokenizer, processor. An earlier teacher's stay until all are written.
 
     Resumes from its checkpoint. Raises ValueError on one of a teacher with other arguments, a folder in use, a launcher
     of several processes."""
-    given = json.loads(json.dumps(dict(model_type=model_type, start=start, read_steps=read_steps, answer_steps=answer_steps, settle_steps=settle_steps,
-                                       mlp_weight=mlp_weight, batch_size=batch_size, lr=lr, seed=seed, kinds=list(kinds), config=config), default=str))
+    given = json.loads(
+        json.dumps(
+            dict(
+                model_type=model_type,
+                start=start,
+                read_steps=read_steps,
+                answer_steps=answer_steps,
+                settle_steps=settle_steps,
+                mlp_weight=mlp_weight,
+                batch_size=batch_size,
+                lr=lr,
+                seed=seed,
+                kinds=list(kinds),
+                config=config,
+            ),
+            default=str,
+        )
+    )
     out = Path(out)
     check_launch(1)
     with locked(out):
         torch.manual_seed(seed)
         process = processor(model_type)
-        model = AutoModelForImageTextToText.from_config(teacher_config(process.tokenizer, model_type=model_type, **config or {})).to(device)
+        model = AutoModelForImageTextToText.from_config(
+            teacher_config(process.tokenizer, model_type=model_type, **config or {})
+        ).to(device)
         family = family_of(model)
         heads = torch.nn.Linear(model.config.text_config.hidden_size, sum(READ_OUT)).to(device)
         parameters = dict(model.named_parameters()) | {f"heads.{n}": p for n, p in heads.named_parameters()}
         decoder = {id(p) for part in (family.decoder(model), family.lm_head(model)) for p in part.parameters()}
-        if start: _start_from(family.decoder(model), start)
-        if TOYS[model_type].positions: _sines(model.get_parameter(TOYS[model_type].positions))
-        history, spent, began = [], 0., time.perf_counter()
+        if start:
+            _start_from(family.decoder(model), start)
+        if TOYS[model_type].positions:
+            _sines(model.get_parameter(TOYS[model_type].positions))
+        history, spent, began = [], 0.0, time.perf_counter()
         tensors, saved = load_checkpoint(out) or ({}, None)
         if saved:
             for name, value in given.items():
                 if (theirs := saved["given"][name]) != value:
-                    raise ValueError(f"{out / 'checkpoint'} is of a teacher with {name} = {theirs!r}, "
-                                     f"this one has {value!r}; remove it")
+                    raise ValueError(
+                        f"{out / 'checkpoint'} is of a teacher with {name} = {theirs!r}, "
+                        f"this one has {value!r}; remove it"
+                    )
             drop_newer(out, saved["step"])
-        phases = {"read": (range(read_steps), lr), "answer": (range(answer_steps), lr), "settle": (range(answer_steps, answer_steps + settle_steps), lr * 2 / 3)}
+        phases = {
+            "read": (range(read_steps), lr),
+            "answer": (range(answer_steps), lr),
+            "settle": (range(answer_steps, answer_steps + settle_steps), lr * 2 / 3),
+        }
         done = 0  # steps of the phases before
         for phase, (pages, peak) in phases.items():
-            for name, p in parameters.items(): p.requires_grad_((id(p) in decoder) == (phase != "read"))
+            for name, p in parameters.items():
+                p.requires_grad_((id(p) in decoder) == (phase != "read"))
             trained = {n: p for n, p in parameters.items() if p.requires_grad}
-            matrices = [n for n, p in trained.items() if p.ndim == 2 and not any(part in n for part in ("embed", "heads", "lm_head"))]
+            matrices = [
+                n
+                for n, p in trained.items()
+                if p.ndim == 2 and not any(part in n for part in ("embed", "heads", "lm_head"))
+            ]
             muon = Muon([trained[n] for n in matrices], peak)
-            adamw = torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], peak, betas=(.9, .98), weight_decay=.01)
+            adamw = torch.optim.AdamW(
+                [p for n, p in trained.items() if n not in matrices], peak, betas=(0.9, 0.98), weight_decay=0.01
+            )
             state = {n: (muon if n in matrices else adamw).state[p] for n, p in trained.items()}
             first, steps, before = 0, len(pages), done
             done += steps
-            if saved and list(phases).index(saved["phase"]) > list(phases).index(phase): continue
+            if saved and list(phases).index(saved["phase"]) > list(phases).index(phase):
+                continue
             if saved and saved["phase"] == phase:
-                first, history, spent, began = saved["step"] - before, saved["history"], saved["seconds"], time.perf_counter()
-                for name, p in parameters.items(): p.data.copy_(tensors[name])
-                for n, of_n in state.items(): of_n.update({k: tensors[f"{k}/{n}"].to(device) for k in ("momentum", "step", "exp_avg", "exp_avg_sq") if f"{k}/{n}" in tensors})
+                first, history, spent, began = (
+                    saved["step"] - before,
+                    saved["history"],
+                    saved["seconds"],
+                    time.perf_counter(),
+                )
+                for name, p in parameters.items():
+                    p.data.copy_(tensors[name])
+                for n, of_n in state.items():
+                    of_n.update(
+                        {
+                            k: tensors[f"{k}/{n}"].to(device)
+                            for k in ("momentum", "step", "exp_avg", "exp_avg_sq")
+                            if f"{k}/{n}" in tensors
+                        }
+                    )
             batches = torch.utils.data.DataLoader(
-                _Batches(Documents(seed, kinds=kinds), process, phase, batch_size), batch_size=None, sampler=pages[first:], num_workers=1,
-                generator=torch.Generator().manual_seed(0))
+                _Batches(Documents(seed, kinds=kinds), process, phase, batch_size),
+                batch_size=None,
+                sampler=pages[first:],
+                num_workers=1,
+                generator=torch.Generator().manual_seed(0),
+            )
             bar = tqdm(batches, desc=phase, initial=first, total=steps)
             for step, batch in enumerate(bar, first + 1):
                 batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
-                loss, right = _read_loss(family, model, heads, batch) if phase == "read" else _answer_loss(family, model, batch, mlp_weight * (phase == "settle"))
+                loss, right = (
+                    _read_loss(family, model, heads, batch)
+                    if phase == "read"
+                    else _answer_loss(family, model, batch, mlp_weight * (phase == "settle"))
+                )
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained.values(), 1.)
-                for group in (*muon.param_groups, *adamw.param_groups): group["lr"] = peak * min(step / (.02 * steps), .5 + .5 * math.cos(math.pi * (step - 1) / steps))
+                torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                for group in (*muon.param_groups, *adamw.param_groups):
+                    group["lr"] = peak * min(step / (0.02 * steps), 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
                 muon.step()
                 adamw.step()
-                for p in trained.values(): p.grad = None
+                for p in trained.values():
+                    p.grad = None
                 if step % 10 == 0:
                     history.append([phase, step, loss.item(), right.item()])
                     bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right.item():.3f}")
                 if step % checkpoint_every == 0 or step == steps:
                     moments = {f"{k}/{n}": v for n, of_n in state.items() for k, v in of_n.items()}
-                    save_checkpoint(out, {n: p.data for n, p in parameters.items()} | moments,
-                                    dict(given=given, phase=phase, step=before + step, history=history, seconds=spent + time.perf_counter() - began))
-        for p in parameters.values(): p.requires_grad_(True)
+                    save_checkpoint(
+                        out,
+                        {n: p.data for n, p in parameters.items()} | moments,
+                        dict(
+                            given=given,
+                            phase=phase,
+                            step=before + step,
+                            history=history,
+                            seconds=spent + time.perf_counter() - began,
+                        ),
+                    )
+        for p in parameters.values():
+            p.requires_grad_(True)
         saved = save_parts(out / f".saved{TEMPORARY}", model.to(torch.bfloat16), process)
-        for file in saved.iterdir(): file.replace(out / file.name)
+        for file in saved.iterdir():
+            file.replace(out / file.name)
         saved.rmdir()
-        return dict(parameters=sum(p.numel() for p in model.parameters()), train_seconds=round(spent + time.perf_counter() - began), history=history)
+        return dict(
+            parameters=sum(p.numel() for p in model.parameters()),
+            train_seconds=round(spent + time.perf_counter() - began),
+            history=history,
+        )

@@ -19,8 +19,11 @@ def root():
 @pytest.fixture(scope="session")
 def copy_of_repository(root):
     "A function that copies what git tracks, or would track, into a folder and returns it."
+
     def copy(folder):
-        listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=root, check=True, capture_output=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-coz", "--exclude-standard"], cwd=root, check=True, capture_output=True
+        )
         for name in listed.stdout.decode().split("\0"):
             if (root / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

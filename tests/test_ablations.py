@@ -1,4 +1,5 @@
 "Tables 8 and 9, the recipes of Table 3, App. A.8's curves and the picture of the pipeline, from runs made by hand and from the registry."
+
 import csv
 import re
 import statistics
@@ -21,8 +22,18 @@ def write(folder, ocr, others=50):
     "evaluate.json by condition: OCRBench v2 by seed, one score on everything else."
     for condition, by_seed in ocr.items():
         for seed, score in by_seed.items():
-            path = folder / run_name(condition, *((None, None) if condition == "C0" else (seed, BUDGET))) / "evaluate.json"
-            write_run(path, "evaluate", {}, {"scores": dict.fromkeys(BENCHMARKS, others) | {"ocrbench_v2": score}, "n": dict.fromkeys(BENCHMARKS, 100)})
+            path = (
+                folder / run_name(condition, *((None, None) if condition == "C0" else (seed, BUDGET))) / "evaluate.json"
+            )
+            write_run(
+                path,
+                "evaluate",
+                {},
+                {
+                    "scores": dict.fromkeys(BENCHMARKS, others) | {"ocrbench_v2": score},
+                    "n": dict.fromkeys(BENCHMARKS, 100),
+                },
+            )
 
 
 @pytest.fixture
@@ -42,99 +53,228 @@ def made(root, tmp_path, monkeypatch):
 
 # Table 8
 
+
 def test_table_8_of_one_seed(made):
-    text, lines, _ = made("table_08", {"C0": {0: 90}, "C4": {0: 60, 1: 99}, "-Residual": {0: 40}, "-Density": {0: 58}, "+LD": {0: 61}}, seeds=[0])
-    assert cell(text, "-Residual", "OCRBench v2") == "40.0" and cell(text, "-Residual", "Δ to C4") == "-20.0" and cell(text, "C4 HEED", "OCRBench v2") == "60.0"
+    text, lines, _ = made(
+        "table_08",
+        {"C0": {0: 90}, "C4": {0: 60, 1: 99}, "-Residual": {0: 40}, "-Density": {0: 58}, "+LD": {0: 61}},
+        seeds=[0],
+    )
+    assert (
+        cell(text, "-Residual", "OCRBench v2") == "40.0"
+        and cell(text, "-Residual", "Δ to C4") == "-20.0"
+        and cell(text, "C4 HEED", "OCRBench v2") == "60.0"
+    )
     assert "-Residual is behind C4 on OCRBench v2: -20.00 points (one seed" in text and "The paper has -2.5." in text
-    assert "+SL against C4 on OCRBench v2: no seed has both." in text and "**Missing**: +SL-seed0-budget2000, tau-0.25-seed0" in text
-    assert (lines["ocrbench_v2", "-Residual-C4"]["mean"], lines["ocrbench_v2", "-Residual-C4"]["paper"]) == ("-20.0", "-2.5")
-    assert float(lines["fine_grained", "-Residual-C4"]["mean"]) == pytest.approx(-20 / 6, abs=1e-4) and float(lines["reasoning", "-Density-C4"]["mean"]) == 0
+    assert (
+        "+SL against C4 on OCRBench v2: no seed has both." in text
+        and "**Missing**: +SL-seed0-budget2000, tau-0.25-seed0" in text
+    )
+    assert (lines["ocrbench_v2", "-Residual-C4"]["mean"], lines["ocrbench_v2", "-Residual-C4"]["paper"]) == (
+        "-20.0",
+        "-2.5",
+    )
+    assert (
+        float(lines["fine_grained", "-Residual-C4"]["mean"]) == pytest.approx(-20 / 6, abs=1e-4)
+        and float(lines["reasoning", "-Density-C4"]["mean"]) == 0
+    )
 
 
 def test_table_8_over_seeds_is_paired(made):
-    text, lines, _ = made("table_08", {"C4": {0: 60, 1: 70, 2: 81}, "+SL": {0: 58.95, 1: 68.85, 3: 5}}, seeds=[0, 1, 2, 3], conditions=["C4", "+SL"])
+    text, lines, _ = made(
+        "table_08",
+        {"C4": {0: 60, 1: 70, 2: 81}, "+SL": {0: 58.95, 1: 68.85, 3: 5}},
+        seeds=[0, 1, 2, 3],
+        conditions=["C4", "+SL"],
+    )
     assert cell(text, "+SL", "Δ to C4") == "-1.1 ± 0.1" and lines["ocrbench_v2", "+SL-C4"]["n"] == "2"
-    assert "+SL trails C4 on OCRBench v2: -1.10 ± 0.05" in text and "Not run: C0, -Residual, -Density, +LD, tau-0.25, tau-1, beta-1, beta-4." in text
+    assert (
+        "+SL trails C4 on OCRBench v2: -1.10 ± 0.05" in text
+        and "Not run: C0, -Residual, -Density, +LD, tau-0.25, tau-1, beta-1, beta-4." in text
+    )
 
 
 def test_heed_at_several_tau_and_beta(made):
-    text, lines, _ = made("table_08", {"C4": {0: 60, 1: 70}, "tau-0.25": {0: 58}, "tau-1": {0: 61, 1: 73}, "beta-4": {0: 66}}, seeds=[0, 1], conditions=["C4", *SWEEP])
-    sweep = [[word.strip() for word in line.split("|")[1:-1]] for line in text.partition("C4 at other temperatures")[2].splitlines() if line.startswith("|")]
+    text, lines, _ = made(
+        "table_08",
+        {"C4": {0: 60, 1: 70}, "tau-0.25": {0: 58}, "tau-1": {0: 61, 1: 73}, "beta-4": {0: 66}},
+        seeds=[0, 1],
+        conditions=["C4", *SWEEP],
+    )
+    sweep = [
+        [word.strip() for word in line.split("|")[1:-1]]
+        for line in text.partition("C4 at other temperatures")[2].splitlines()
+        if line.startswith("|")
+    ]
     assert sweep[0][:5] == ["", "τ", "β", "OCRBench v2", "Δ to C4"] and [line[:3] for line in sweep[2:]] == [
-        ["tau-0.25", "0.25", "2"], ["beta-1", "0.5", "1"], ["C4", "0.5", "2"], ["beta-4", "0.5", "4"], ["tau-1", "1", "2"]]
-    assert [line[3:5] for line in sweep[2:]] == [["58.0", "-2.0"], ["", ""], ["65.0 ± 7.1", ""], ["66.0", "+6.0"], ["67.0 ± 8.5", "+2.0 ± 1.0"]]
+        ["tau-0.25", "0.25", "2"],
+        ["beta-1", "0.5", "1"],
+        ["C4", "0.5", "2"],
+        ["beta-4", "0.5", "4"],
+        ["tau-1", "1", "2"],
+    ]
+    assert [line[3:5] for line in sweep[2:]] == [
+        ["58.0", "-2.0"],
+        ["", ""],
+        ["65.0 ± 7.1", ""],
+        ["66.0", "+6.0"],
+        ["67.0 ± 8.5", "+2.0 ± 1.0"],
+    ]
     assert lines["ocrbench_v2", "tau-1-C4"]["mean"] == "2.0" and lines["ocrbench_v2", "tau-1"]["paper"] == ""
-    assert "tau-1 does not clearly beat C4 on OCRBench v2: +2.00 ± 1.00" in text and "beta-1 against C4 on OCRBench v2: no seed has both." in text
+    assert (
+        "tau-1 does not clearly beat C4 on OCRBench v2: +2.00 ± 1.00" in text
+        and "beta-1 against C4 on OCRBench v2: no seed has both." in text
+    )
     said = next(line for line in text.splitlines() if line.startswith("- tau-0.25 is"))
-    assert "The paper has" not in said and cell(text, "-Density", "OCRBench v2") == "" and "tau-1" not in text.partition("C4 at other")[0]
+    assert (
+        "The paper has" not in said
+        and cell(text, "-Density", "OCRBench v2") == ""
+        and "tau-1" not in text.partition("C4 at other")[0]
+    )
 
 
 def test_the_papers_rows_are_those_of_the_registry():
-    assert list(paper_table(8).index) == ["C0", "C4", *ABLATIONS] and all(CONDITIONS[c].source == "Tab. 8" for c in ABLATIONS)
+    assert list(paper_table(8).index) == ["C0", "C4", *ABLATIONS] and all(
+        CONDITIONS[c].source == "Tab. 8" for c in ABLATIONS
+    )
     masks = {round(100 * c.mask_share) for c in CONDITIONS.values() if c.mask_share}
     assert masks | {0} == set(paper_table("A.8").index)
 
 
 # The recipes of Table 3
 
+
 def test_recipes_that_ran_stand_beside_those_that_did_not(made):
-    text, lines, _ = made("table_03_runs", {"C0": {0: 90}, "C1": {0: 40, 1: 44}, "C4": {0: 60, 1: 62}, "LoLCATs": {0: 30}, "mmMamba": {0: 61, 1: 99}}, seeds=[0, 1])
+    text, lines, _ = made(
+        "table_03_runs",
+        {"C0": {0: 90}, "C1": {0: 40, 1: 44}, "C4": {0: 60, 1: 62}, "LoLCATs": {0: 30}, "mmMamba": {0: 61, 1: 99}},
+        seeds=[0, 1],
+    )
     run = lambda recipe: [cell(text, recipe, column) for column in ("run", "OCRBench v2")]
-    assert run("LoLCATs") == ["1 seed", "30.0"] and run("C1: KD") == ["2 seeds", "42.0 ± 2.8"] and run("mmMamba")[1] == "80.0 ± 26.9" and run("C0: Teacher")[1] == "90.0"
-    assert run("Mamba-in-Llama") == ["2 seeds of C1", "42.0 ± 2.8"] and run("MOHAWK / Llama") == run("MaTVLM") == run("C2: HSA") == ["not run", ""]
-    assert cell(text, "C4: HEED", "RSA") == "✓ᵂ" and cell(text, "LoLCATs", "KD") == "" and cell(text, "LoLCATs", "Reasoning Avg. (4)") == "50.00"
-    assert "- LoLCATs is behind C4 on OCRBench v2: -30.00 points (one seed" in text and "- Mamba-in-Llama, as C1, trails C4 on OCRBench v2: -19.00 ± 1.00" in text
-    assert "MOHAWK against C4 on OCRBench v2: no seed has both." in text and "MaTVLM-seed1-budget2000" in text.partition("**Missing**")[2] and "Mamba-in-Llama-seed" not in text
+    assert (
+        run("LoLCATs") == ["1 seed", "30.0"]
+        and run("C1: KD") == ["2 seeds", "42.0 ± 2.8"]
+        and run("mmMamba")[1] == "80.0 ± 26.9"
+        and run("C0: Teacher")[1] == "90.0"
+    )
+    assert run("Mamba-in-Llama") == ["2 seeds of C1", "42.0 ± 2.8"] and run("MOHAWK / Llama") == run("MaTVLM") == run(
+        "C2: HSA"
+    ) == ["not run", ""]
+    assert (
+        cell(text, "C4: HEED", "RSA") == "✓ᵂ"
+        and cell(text, "LoLCATs", "KD") == ""
+        and cell(text, "LoLCATs", "Reasoning Avg. (4)") == "50.00"
+    )
+    assert (
+        "- LoLCATs is behind C4 on OCRBench v2: -30.00 points (one seed" in text
+        and "- Mamba-in-Llama, as C1, trails C4 on OCRBench v2: -19.00 ± 1.00" in text
+    )
+    assert (
+        "MOHAWK against C4 on OCRBench v2: no seed has both." in text
+        and "MaTVLM-seed1-budget2000" in text.partition("**Missing**")[2]
+        and "Mamba-in-Llama-seed" not in text
+    )
     assert lines["ocrbench_v2", "LoLCATs"]["mean"] == "30.0" and ("ocrbench_v2", "Mamba-in-Llama") not in lines
 
 
 def test_a_recipe_of_its_own_runs_where_it_is_asked_for(made):
     text, _, _ = made("table_03_runs", {"C1": {0: 40}, "Mamba-in-Llama": {0: 41}}, conditions=["C1", "Mamba-in-Llama"])
-    assert [cell(text, "Mamba-in-Llama", column) for column in ("run", "OCRBench v2")] == ["1 seed", "41.0"] and cell(text, "C4: HEED", "run") == "not run"
+    assert [cell(text, "Mamba-in-Llama", column) for column in ("run", "OCRBench v2")] == ["1 seed", "41.0"] and cell(
+        text, "C4: HEED", "run"
+    ) == "not run"
 
 
 # Table 9
 
+
 def test_table_9_is_the_paired_difference(made):
     c3, c4 = [50, 52, 57], [53, 58, 59]
-    text, lines, _ = made("table_09", {"C0": {0: 90}, "C3": dict(enumerate(c3)), "C4": dict(enumerate(c4)), "C1": {0: 7}}, seeds=[0, 1, 2])
+    text, lines, _ = made(
+        "table_09", {"C0": {0: 90}, "C3": dict(enumerate(c3)), "C4": dict(enumerate(c4)), "C1": {0: 7}}, seeds=[0, 1, 2]
+    )
     line = lines["ocrbench_v2", "C4-C3"]
     paired = stats.ttest_rel(c4, c3)
     assert float(line["mean"]) == pytest.approx(statistics.mean(c4) - statistics.mean(c3), abs=1e-3)
     assert float(line["se"]) == pytest.approx(stats.sem([b - a for a, b in zip(c3, c4)]), abs=1e-3)
-    assert [float(line[end]) for end in ("low", "high")] == pytest.approx(list(paired.confidence_interval(0.95)), abs=1e-2)
+    assert [float(line[end]) for end in ("low", "high")] == pytest.approx(
+        list(paired.confidence_interval(0.95)), abs=1e-2
+    )
     assert (line["paper"], line["paper_spread"]) == ("4.8", "0.42") and lines["average", "C3"]["paper"] == "72.24"
-    assert cell(text, "C3 RSA", "OCRBench v2") == f"{statistics.mean(c3):.1f} ± {statistics.stdev(c3):.1f}" and "*+2.44 ± 0.37*" in text
+    assert (
+        cell(text, "C3 RSA", "OCRBench v2") == f"{statistics.mean(c3):.1f} ± {statistics.stdev(c3):.1f}"
+        and "*+2.44 ± 0.37*" in text
+    )
     assert "Missing" not in text and ("ocrbench_v2", "C1") not in lines
 
 
 def test_table_9_of_one_seed_has_no_interval(made):
     text, lines, _ = made("table_09", {"C3": {0: 50}, "C4": {0: 53, 1: 54}}, seeds=[0, 1])
-    assert "one seed" in text and lines["ocrbench_v2", "C4-C3"]["low"] == "" and cell(text, "its 95 % interval", "OCRBench v2") == ""
+    assert (
+        "one seed" in text
+        and lines["ocrbench_v2", "C4-C3"]["low"] == ""
+        and cell(text, "its 95 % interval", "OCRBench v2") == ""
+    )
     assert "**Missing**: C0, C3-seed1-budget2000." in text
 
 
 # The curves of App. A.8
 
+
 def test_curves(made, tmp_path):
-    text, _, namespace = made("figure_a8", {
-        "C0": {0: 90}, "C1": {0: 40, 1: 42, 2: 44}, "C3": {0: 50, 1: 51, 2: 52}, "C4": {0: 60, 1: 61, 2: 62}, "mask-10": {0: 53}, "mask-25": {0: 58}, "mask-50": {0: 55},
-        "random-10": {0: 50, 1: 54, 2: 52}, "random-25": {0: 50, 1: 51, 2: 55}})
+    text, _, namespace = made(
+        "figure_a8",
+        {
+            "C0": {0: 90},
+            "C1": {0: 40, 1: 42, 2: 44},
+            "C3": {0: 50, 1: 51, 2: 52},
+            "C4": {0: 60, 1: 61, 2: 62},
+            "mask-10": {0: 53},
+            "mask-25": {0: 58},
+            "mask-50": {0: 55},
+            "random-10": {0: 50, 1: 54, 2: 52},
+            "random-25": {0: 50, 1: 51, 2: 55},
+        },
+    )
     assert (tmp_path / "figures/figure_a8.png").read_bytes().startswith(b"\x89PNG")
-    assert cell(text, "10", "5x by density") == "53.0 (n=1)" and cell(text, "10", "5x at random") == "52.0 ± 2.0 (n=3)" and cell(text, "10", "difference") == "+3.0 (n=1)"  # of seed 0
+    assert (
+        cell(text, "10", "5x by density") == "53.0 (n=1)"
+        and cell(text, "10", "5x at random") == "52.0 ± 2.0 (n=3)"
+        and cell(text, "10", "difference") == "+3.0 (n=1)"
+    )  # of seed 0
     assert cell(text, "25", "*paper: density*") == "*58.0*" and cell(text, "25", "*paper: difference*") == "*+5.2*"
-    assert cell(text, "0: C1 KD", "5x by density") == "42.0 ± 2.0 (n=3)" and cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0 (n=3)"
-    assert "At 10 %: mask-10 is level with random-10 on OCRBench v2: +3.00 points (one seed" in text and "At 50 %: mask-50 against random-50 on OCRBench v2: no seed has both." in text
-    assert '"is level with" where it holds 0' in text and "beats" not in text and "C1 (50.5)" in text and "C3 (54.5 in" in text and "at most 0.6" in text
+    assert (
+        cell(text, "0: C1 KD", "5x by density") == "42.0 ± 2.0 (n=3)"
+        and cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0 (n=3)"
+    )
+    assert (
+        "At 10 %: mask-10 is level with random-10 on OCRBench v2: +3.00 points (one seed" in text
+        and "At 50 %: mask-50 against random-50 on OCRBench v2: no seed has both." in text
+    )
+    assert (
+        '"is level with" where it holds 0' in text
+        and "beats" not in text
+        and "C1 (50.5)" in text
+        and "C3 (54.5 in" in text
+        and "at most 0.6" in text
+    )
     assert "random-50-seed0-budget2000" in text.partition("**Missing**")[2]
     measured, _, of_paper = namespace["axes"]
     drawn = {line.get_label(): line for line in of_paper.lines if not line.get_label().startswith("_")}
-    arms = [list(container.lines[0].get_ydata()) for container in measured.containers if len(container.lines[0].get_xdata()) > 1]
+    arms = [
+        list(container.lines[0].get_ydata())
+        for container in measured.containers
+        if len(container.lines[0].get_xdata()) > 1
+    ]
     assert arms == [[51, 53, 58, 55], [51, 52, 52]] and drawn["C4 HEED, continuous"].get_ydata()[0] == 59.2
 
 
 def test_density_masks_of_several_seeds_are_paired(made):
-    text, _, _ = made("figure_a8", {"mask-10": {0: 53, 1: 58}, "random-10": {0: 50, 1: 54}}, seeds=[0, 1], conditions=["mask-10", "random-10"])
+    text, _, _ = made(
+        "figure_a8",
+        {"mask-10": {0: 53, 1: 58}, "random-10": {0: 50, 1: 54}},
+        seeds=[0, 1],
+        conditions=["mask-10", "random-10"],
+    )
     assert "At 10 %: mask-10 does not clearly beat random-10 on OCRBench v2: +3.50 ± 0.50 points" in text
 
 
@@ -148,26 +288,52 @@ def test_without_runs_it_says_so_in_one_line(name, root, tmp_path, monkeypatch):
 
 # What the batch runs for them
 
+
 def test_other_settings_and_other_recipes_have_side_seeds(root, monkeypatch):
     monkeypatch.chdir(root)
     scale = replace(load_scale("toy"), seeds=(0, 1, 2), side_seeds=(0,))
-    seeds = lambda name, batch: {c: sorted(run.seed for run in batch.runs_of(name) if run.condition == c) for c in batch.conditions_of(name) if c != "C0"}
+    seeds = lambda name, batch: {
+        c: sorted(run.seed for run in batch.runs_of(name) if run.condition == c)
+        for c in batch.conditions_of(name)
+        if c != "C0"
+    }
     batch = Batch(scale)
     assert seeds("table_08", batch) == dict.fromkeys(("C4", *ABLATIONS), [0, 1, 2]) | dict.fromkeys(SWEEP, [0])
     assert seeds("figure_a8", batch) == dict.fromkeys(batch.conditions_of("figure_a8")[1:], [0, 1, 2])
     assert seeds("table_08", Batch(scale, seeds=[4, 5])) == dict.fromkeys(("C4", *ABLATIONS, *SWEEP), [4, 5])
-    assert seeds("table_03_runs", batch) == {c: [0, 1, 2] if c in ("C1", "C2", "C3", "C4") else [0] for c in RECIPES if c != "Mamba-in-Llama"}
-    assert {run.token_budget for name in ("table_03_runs", "table_08", "table_09", "figure_a8") for run in batch.runs_of(name)} == {None, scale.token_budget}
+    assert seeds("table_03_runs", batch) == {
+        c: [0, 1, 2] if c in ("C1", "C2", "C3", "C4") else [0] for c in RECIPES if c != "Mamba-in-Llama"
+    }
+    assert {
+        run.token_budget
+        for name in ("table_03_runs", "table_08", "table_09", "figure_a8")
+        for run in batch.runs_of(name)
+    } == {None, scale.token_budget}
     assert batch.runs_of("figure_04") == []
     curves = Batch(replace(scale, side_budgets=(1000, 3000)))
-    more = {name: {run for run in curves.runs_of(name)} - set(batch.runs_of(name)) for name in batch.notebooks if name != "claims"}
+    more = {
+        name: {run for run in curves.runs_of(name)} - set(batch.runs_of(name))
+        for name in batch.notebooks
+        if name != "claims"
+    }
     assert {name for name in more if more[name]} == {"table_05", "table_06"}
-    assert {(run.condition, run.seed, run.token_budget) for run in more["table_05"]} == {(c, 0, b) for c in ("C4", "C5", "C6") for b in (1000, 3000)}
-    assert {run.of for run in more["table_06"]} == set(curves.teachers) and {run.seed for run in more["table_06"]} == {0}
-    assert [c for c in Batch(load_scale("smoke")).conditions_of("figure_a8")] == ["C0", "C1", "C4", "mask-25", "random-25"]
+    assert {(run.condition, run.seed, run.token_budget) for run in more["table_05"]} == {
+        (c, 0, b) for c in ("C4", "C5", "C6") for b in (1000, 3000)
+    }
+    assert {run.of for run in more["table_06"]} == set(curves.teachers) and {run.seed for run in more["table_06"]} == {
+        0
+    }
+    assert [c for c in Batch(load_scale("smoke")).conditions_of("figure_a8")] == [
+        "C0",
+        "C1",
+        "C4",
+        "mask-25",
+        "random-25",
+    ]
 
 
 # The pipeline
+
 
 def drawn(root, out, monkeypatch):
     monkeypatch.chdir(root)
@@ -177,14 +343,20 @@ def drawn(root, out, monkeypatch):
     of = lambda test: [text.get_window_extent(renderer) for text in figure.axes[-1].texts if test(text)]
     names, formulas = of(lambda text: text.get_weight() == "bold"), of(lambda text: "sum" in text.get_text())
     assert not any(name.padded(8).overlaps(formula) for name in names for formula in formulas)
-    return [text.get_text() for axes in namespace["figure"].axes for text in [*axes.texts, *axes.get_yticklabels()]], (out / "tables/figure_04.md").read_text()
+    return [text.get_text() for axes in namespace["figure"].axes for text in [*axes.texts, *axes.get_yticklabels()]], (
+        out / "tables/figure_04.md"
+    ).read_text()
 
 
 def test_the_pipeline_names_every_condition_of_the_registry(root, tmp_path, monkeypatch):
     texts, table = drawn(root, tmp_path, monkeypatch)
     shown = {name for text in texts for name in text.split(", ")}
-    assert shown >= CONDITIONS.keys() - {"C0"} and (tmp_path / "figures/figure_04.png").read_bytes().startswith(b"\x89PNG")
-    assert any(r"W_Q" in text and "rightarrow" in text for text in texts) and any("computed with the frozen tower" in text for text in texts)
+    assert shown >= CONDITIONS.keys() - {"C0"} and (tmp_path / "figures/figure_04.png").read_bytes().startswith(
+        b"\x89PNG"
+    )
+    assert any(r"W_Q" in text and "rightarrow" in text for text in texts) and any(
+        "computed with the frozen tower" in text for text in texts
+    )
     assert re.search(r"\| C2, C3, .* \| +0.0% \| +10.0% \| +30.0% \| +60.0% \|", table)
 
 
@@ -192,8 +364,14 @@ def test_another_registry_and_other_settings_draw_another_pipeline(root, tmp_pat
     monkeypatch.setitem(registry.CONDITIONS, "C9", Condition("C9", "New", alignment="head_output", weights="density"))
     changed = dict(stages=(0.2, 0.3, 0.5), tau=0.7, ce_weight=0.3, density_cache="d.cache")
     scale = load_scale("smoke")
-    monkeypatch.setattr(registry, "load_scale", lambda name: replace(scale, init="identity", train=scale.train | changed))
+    monkeypatch.setattr(
+        registry, "load_scale", lambda name: replace(scale, init="identity", train=scale.train | changed)
+    )
     texts, table = drawn(root, tmp_path, monkeypatch)
     assert "C9" in texts and {"Stage 1\n20%", "Stage 3\n50%"} <= set(texts)
-    assert any("read from a cache" in text for text in texts) and any(r"\tau=0.7" in text for text in texts) and any(r"0.3\;$CE" in text for text in texts)
+    assert (
+        any("read from a cache" in text for text in texts)
+        and any(r"\tau=0.7" in text for text in texts)
+        and any(r"0.3\;$CE" in text for text in texts)
+    )
     assert "q_norm" in table and re.search(r"\| C9 .*\\hat h", table)

@@ -1,4 +1,5 @@
 "The smoke batch end to end, and its faults: wrong choices, a failing run, SIGKILL, two batches at once."
+
 import json
 import os
 import re
@@ -17,7 +18,7 @@ RUN = "outputs/smoke/runs/C4-seed0-budget3000"
 pytestmark = pytest.mark.slow
 
 
-PLACE = "my  \"wörk\" 100% it's $HOME {x} & co;"  # of the repository: a name that shells and formats would read
+PLACE = 'my  "wörk" 100% it\'s $HOME {x} & co;'  # of the repository: a name that shells and formats would read
 
 
 def command(target, *options, **config):
@@ -27,7 +28,9 @@ def command(target, *options, **config):
 
 def batch(repository, target, **config):
     "A call of snakemake: exit code and everything it said."
-    done = subprocess.run(command(target, **config), cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command(target, **config), cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     return done.returncode, done.stdout
 
 
@@ -60,7 +63,8 @@ def stopped(engine):
         assert engine.poll() is None, engine.communicate()[0]
         below = engine.children(recursive=True)
         with suppress(psutil.NoSuchProcess):
-            if any(process.status() == psutil.STATUS_STOPPED for process in below): return below
+            if any(process.status() == psutil.STATUS_STOPPED for process in below):
+                return below
         time.sleep(0.05)
 
 
@@ -82,7 +86,13 @@ def finished(repository):
 
 def planned(repository, target, **config):
     "The jobs of a dry run, or what it said where it was refused."
-    done = subprocess.run(command(target, "--dry-run", **config), cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command(target, "--dry-run", **config),
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     return jobs(done.stdout) if done.returncode == 0 else done.stdout
 
 
@@ -106,22 +116,60 @@ def budget(root):
 
 
 def test_tables_needs_the_first_teacher_alone_and_all_needs_every(four_teachers, budget):
-    ladder = {f"{kind} C{i}, seed 0, {budget}" for kind in ("distill", "evaluate") for i in range(1, 5)} | {"evaluate C0, the teacher"}
+    ladder = {f"{kind} C{i}, seed 0, {budget}" for kind in ("distill", "evaluate") for i in range(1, 5)} | {
+        "evaluate C0, the teacher"
+    }
     first = set(planned(four_teachers, "tables", scale="toy"))
     assert {job for job in first if " C" in job} == ladder and not {"table_03_runs", "table_05", "table_06"} & first
     everything = planned(four_teachers, "all", scale="toy", seeds="0")
-    others = {re.sub(" C", f" {name}/C", job) for name in ("toy-internvl", "toy-glm4v", "toy-minicpmv") for job in ladder}
+    others = {
+        re.sub(" C", f" {name}/C", job) for name in ("toy-internvl", "toy-glm4v", "toy-minicpmv") for job in ladder
+    }
     at_budget = {job for job in everything if budget in job or "C0" in job}
-    beside = ("C5", "C6", "-Residual", "-Density", "+LD", "+SL", "tau-0.25", "tau-1", "beta-1", "beta-4", "LoLCATs", "MOHAWK", "MaTVLM", "mmMamba", *(f"{arm}-{k}" for arm in ("mask", "random") for k in (10, 25, 50)))
-    tried = ("C4-init=mamba", "C4-normalize_over=visual", "C4-reduce=max", "C5-temper=0.5", "C3-forced")  # of the open points
-    assert at_budget == ladder | others | {f"{kind} {c}, seed 0, {budget}" for kind in ("distill", "evaluate") for c in (*beside, *tried)}
-    assert {"table_03_runs", "table_05", "table_06"} <= set(everything) and not any("train" in job for job in everything) and len(everything) == len(set(everything))
+    beside = (
+        "C5",
+        "C6",
+        "-Residual",
+        "-Density",
+        "+LD",
+        "+SL",
+        "tau-0.25",
+        "tau-1",
+        "beta-1",
+        "beta-4",
+        "LoLCATs",
+        "MOHAWK",
+        "MaTVLM",
+        "mmMamba",
+        *(f"{arm}-{k}" for arm in ("mask", "random") for k in (10, 25, 50)),
+    )
+    tried = (
+        "C4-init=mamba",
+        "C4-normalize_over=visual",
+        "C4-reduce=max",
+        "C5-temper=0.5",
+        "C3-forced",
+    )  # of the open points
+    assert at_budget == ladder | others | {
+        f"{kind} {c}, seed 0, {budget}" for kind in ("distill", "evaluate") for c in (*beside, *tried)
+    }
+    assert (
+        {"table_03_runs", "table_05", "table_06"} <= set(everything)
+        and not any("train" in job for job in everything)
+        and len(everything) == len(set(everything))
+    )
 
 
 def test_seeds_and_conditions_narrow_every_table(four_teachers, budget):
-    at_budget = [job for job in planned(four_teachers, "all", scale="toy", seeds="0 7", conditions="C1 C4") if "distill" in job and budget in job]
+    at_budget = [
+        job
+        for job in planned(four_teachers, "all", scale="toy", seeds="0 7", conditions="C1 C4")
+        if "distill" in job and budget in job
+    ]
     teachers = ("", "toy-internvl/", "toy-glm4v/", "toy-minicpmv/")
-    assert sorted(at_budget) == sorted(f"distill {of}{c}, seed {s}, {budget}" for of in teachers for c in ("C1", "C4") for s in (0, 7))
+    assert sorted(at_budget) == sorted(
+        f"distill {of}{c}, seed {s}, {budget}" for of in teachers for c in ("C1", "C4") for s in (0, 7)
+    )
 
 
 def test_a_teacher_that_is_not_trained_is_left_out(four_teachers):
@@ -135,30 +183,63 @@ def test_a_teacher_that_is_not_trained_is_left_out(four_teachers):
 
 def test_teachers_are_trained_again_a_start_first(four_teachers):
     names = ["toy-qwen3vl", "toy-internvl", "toy-glm4v", "toy-minicpmv"]
-    graph = subprocess.run(command("teachers", "--dag", scale="toy"), cwd=four_teachers, capture_output=True, text=True).stdout
+    graph = subprocess.run(
+        command("teachers", "--dag", scale="toy"), cwd=four_teachers, capture_output=True, text=True
+    ).stdout
     number = {name: re.search(rf"(\d+)\[.*train_{name.replace('-', '_')}", graph)[1] for name in names}
     assert all(re.search(rf"\b{number['toy-qwen3vl']} -> {number[name]}\b", graph) for name in names[1:])
-    assert sorted(planned(four_teachers, "teachers", scale="toy"))[:4] == sorted(f"train the teacher outputs/teachers/{name}" for name in names)
+    assert sorted(planned(four_teachers, "teachers", scale="toy"))[:4] == sorted(
+        f"train the teacher outputs/teachers/{name}" for name in names
+    )
 
 
 def test_a_start_that_is_not_there_is_refused(four_teachers):
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", "-k", "python3", "nbs/runs/teacher.ipynb", "out.ipynb", "-y",
-         "{overrides: {teachers: {outputs/smoke/teacher: {start: outputs/teachers/nobody}}}, out: outputs/smoke/x}"],
-        cwd=four_teachers, capture_output=True, text=True)
-    assert done.returncode and "ValueError: teacher 'outputs/smoke/teacher' starts from 'outputs/teachers/nobody', which is not there; train that first" in done.stderr
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "-k",
+            "python3",
+            "nbs/runs/teacher.ipynb",
+            "out.ipynb",
+            "-y",
+            "{overrides: {teachers: {outputs/smoke/teacher: {start: outputs/teachers/nobody}}}, out: outputs/smoke/x}",
+        ],
+        cwd=four_teachers,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode
+        and "ValueError: teacher 'outputs/smoke/teacher' starts from 'outputs/teachers/nobody', which is not there; train that first"
+        in done.stderr
+    )
     assert not (four_teachers / "outputs/smoke").exists()
 
 
-@pytest.mark.parametrize("choice, message", [
-    (dict(scale="toi"), "unknown scale 'toi'; one of nobody, paper, small, smoke, toy"),
-    (dict(conditions="C1 C9"), "unknown condition 'C9'; one of C0, C1"),
-    (dict(seeds="0 one"), "unknown seed 'one'; a seed is a whole number"), (dict(seeds="-1"), "unknown seed '-1'"), (dict(seeds=2**32), f"unknown seed {2**32}; a seed is a whole number from 0 to"),
-    (dict(scale=""), "scale is empty; leave it out, or name one"), (dict(conditions=""), "conditions is empty"), (dict(seeds=""), "seeds is empty"),
-    (dict(scale="nobody"), "scale nobody can't train here: unknown teacher 'outputs/teachers/nobody'; there are outputs/teachers/toy-"),
-    (dict(scale="paper"), "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher 'Qwen/Qwen3-VL-8B-Instruct' is neither"),
-    (dict(condition="C1"), "unknown setting 'condition'; allowed: scale, conditions, seeds"),
-])
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        (dict(scale="toi"), "unknown scale 'toi'; one of nobody, paper, small, smoke, toy"),
+        (dict(conditions="C1 C9"), "unknown condition 'C9'; one of C0, C1"),
+        (dict(seeds="0 one"), "unknown seed 'one'; a seed is a whole number"),
+        (dict(seeds="-1"), "unknown seed '-1'"),
+        (dict(seeds=2**32), f"unknown seed {2**32}; a seed is a whole number from 0 to"),
+        (dict(scale=""), "scale is empty; leave it out, or name one"),
+        (dict(conditions=""), "conditions is empty"),
+        (dict(seeds=""), "seeds is empty"),
+        (
+            dict(scale="nobody"),
+            "scale nobody can't train here: unknown teacher 'outputs/teachers/nobody'; there are outputs/teachers/toy-",
+        ),
+        (
+            dict(scale="paper"),
+            "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher 'Qwen/Qwen3-VL-8B-Instruct' is neither",
+        ),
+        (dict(condition="C1"), "unknown setting 'condition'; allowed: scale, conditions, seeds"),
+    ],
+)
 def test_a_wrong_choice_is_refused_in_one_line_before_any_job(repository, choice, message):
     scale = repository / "workflow/scales/nobody.yaml"
     scale.write_text("teacher: outputs/teachers/nobody\ntoken_budget: 1000\n")
@@ -172,12 +253,26 @@ def test_a_wrong_choice_is_refused_in_one_line_before_any_job(repository, choice
 def test_all_of_smoke(finished):
     repository, said = finished
     out = repository / "outputs/smoke"
-    assert sorted(path.stem for path in (repository / "nbs/paper").glob("*.ipynb")) == sorted(path.stem for path in (out / "tables").glob("*.md"))
-    for name in ("C0", "C1-seed0-budget3000", "C4-seed0-budget3000", "C6-seed0-budget3000", "teacher/C0", "teacher/C4-seed0-budget3000"):
+    assert sorted(path.stem for path in (repository / "nbs/paper").glob("*.ipynb")) == sorted(
+        path.stem for path in (out / "tables").glob("*.md")
+    )
+    for name in (
+        "C0",
+        "C1-seed0-budget3000",
+        "C4-seed0-budget3000",
+        "C6-seed0-budget3000",
+        "teacher/C0",
+        "teacher/C4-seed0-budget3000",
+    ):
         run = json.loads((out / "runs" / name / "evaluate.json").read_text())
         assert run["parameters"]["model_type"] == ("internvl" if name.startswith("teacher/") else "qwen3_vl")
-        assert len(run["numbers"]["scores"]) == 12 and all(0 <= score <= 100 for score in run["numbers"]["scores"].values())
-    assert not any("Missing" in (out / f"tables/{name}.md").read_text() for name in ("table_01", "table_03_runs", "table_05", "table_06", "table_08", "table_09", "figure_a8"))
+        assert len(run["numbers"]["scores"]) == 12 and all(
+            0 <= score <= 100 for score in run["numbers"]["scores"].values()
+        )
+    assert not any(
+        "Missing" in (out / f"tables/{name}.md").read_text()
+        for name in ("table_01", "table_03_runs", "table_05", "table_06", "table_08", "table_09", "figure_a8")
+    )
     assert "Table 1" in said and "| C4" in (out / "tables/table_01.md").read_text()
 
 
@@ -191,9 +286,18 @@ def test_a_second_call_does_nothing(finished):
 
 def test_the_teacher_of_smoke_leaves_those_of_the_repository(finished):
     repository, said = finished
-    assert "train the teacher outputs/smoke/teacher" in jobs(said) and (repository / "outputs/smoke/teacher/teacher.json").exists()
-    tracked = subprocess.run(["git", "ls-files", "-z", "outputs/teachers"], cwd=Path(__file__).parent.parent, capture_output=True, text=True).stdout
-    assert all((repository / name).read_bytes() == (Path(__file__).parent.parent / name).read_bytes() for name in tracked.split("\0") if name)
+    assert (
+        "train the teacher outputs/smoke/teacher" in jobs(said)
+        and (repository / "outputs/smoke/teacher/teacher.json").exists()
+    )
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "outputs/teachers"], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    ).stdout
+    assert all(
+        (repository / name).read_bytes() == (Path(__file__).parent.parent / name).read_bytes()
+        for name in tracked.split("\0")
+        if name
+    )
 
 
 def test_a_part_of_a_scale_has_tables_of_its_own(finished):
@@ -203,43 +307,98 @@ def test_a_part_of_a_scale_has_tables_of_its_own(finished):
     code, said = batch(repository, str(table), conditions="C4", seeds="0")
     assert code == 0 and jobs(said) == ["table_01"], said
     after = contents(repository / "outputs")
-    assert {path: after[path] for path in before} == before and {path.parts[:4] for path in after.keys() - before.keys()} == {("smoke", "parts", "C4-seeds-0", name) for name in ("tables", "notebooks")}
-    assert "C4-seed0-budget3000" in (repository / table).read_text() and "C1-seed0" not in (repository / table).read_text()
+    assert {path: after[path] for path in before} == before and {
+        path.parts[:4] for path in after.keys() - before.keys()
+    } == {("smoke", "parts", "C4-seeds-0", name) for name in ("tables", "notebooks")}
+    assert (
+        "C4-seed0-budget3000" in (repository / table).read_text() and "C1-seed0" not in (repository / table).read_text()
+    )
 
 
 def test_a_seed_that_is_measured_in_part_stays_in_the_table(four_teachers, budget):
     "Beside the first seed, which is to be measured."
-    made = [four_teachers / f"outputs/toy/runs/C4-seed2-budget{budget.split()[0]}/{kind}.json" for kind in ("distill", "evaluate")]
+    made = [
+        four_teachers / f"outputs/toy/runs/C4-seed2-budget{budget.split()[0]}/{kind}.json"
+        for kind in ("distill", "evaluate")
+    ]
     for path in made:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    shown = subprocess.run(command("tables", "--dry-run", "--printshellcmds", scale="toy"), cwd=four_teachers, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        command("tables", "--dry-run", "--printshellcmds", scale="toy"),
+        cwd=four_teachers,
+        capture_output=True,
+        text=True,
+    ).stdout
     shutil.rmtree(four_teachers / "outputs/toy")
-    assert re.search(r"nbs/paper/table_01.ipynb .*\"seeds\": \[0, 2\]", shown) and not re.search("distill C., seed 2", shown)
+    assert re.search(r"nbs/paper/table_01.ipynb .*\"seeds\": \[0, 2\]", shown) and not re.search(
+        "distill C., seed 2", shown
+    )
 
 
-@pytest.mark.parametrize("given, message", [
-    *((["clean", f"SCALE={scale}"], f"unknown scale '{scale}'; one of paper small smoke toy") for scale in
-      ("teachers", "published", "smoke teachers", "toy/../teachers", "../scales/toy", ".", "%", "toy;touch hostile", "`touch hostile`", "'", "-rf")),
-    (["clean", "SCALE="], "SCALE is empty"), (["clean-runs", "SCALE=  "], "SCALE is empty"), (["publish", "SCALE=nobody"], "unknown scale 'nobody'"), (["tables", "SEEDS="], "SEEDS is empty"),
-    *(([target, f"{name}=$(shell touch hostile)"], f"{name} holds a dollar sign") for target, name in
-      (("clean", "SCALE"), ("tables", "CONDITIONS"), ("all", "SEEDS"), ("many", "MINUTES"), ("many", "EVALUATE"), ("clean-runs", "CONFIRM"))),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        *(
+            (["clean", f"SCALE={scale}"], f"unknown scale '{scale}'; one of paper small smoke toy")
+            for scale in (
+                "teachers",
+                "published",
+                "smoke teachers",
+                "toy/../teachers",
+                "../scales/toy",
+                ".",
+                "%",
+                "toy;touch hostile",
+                "`touch hostile`",
+                "'",
+                "-rf",
+            )
+        ),
+        (["clean", "SCALE="], "SCALE is empty"),
+        (["clean-runs", "SCALE=  "], "SCALE is empty"),
+        (["publish", "SCALE=nobody"], "unknown scale 'nobody'"),
+        (["tables", "SEEDS="], "SEEDS is empty"),
+        *(
+            ([target, f"{name}=$(shell touch hostile)"], f"{name} holds a dollar sign")
+            for target, name in (
+                ("clean", "SCALE"),
+                ("tables", "CONDITIONS"),
+                ("all", "SEEDS"),
+                ("many", "MINUTES"),
+                ("many", "EVALUATE"),
+                ("clean-runs", "CONFIRM"),
+            )
+        ),
+    ],
+)
 def test_make_refuses_what_is_no_scale_and_what_a_shell_would_run(repository, given, message):
     done = subprocess.run(["make", "-n", "-o", ".venv/ok", *given], cwd=repository, capture_output=True, text=True)
     assert done.returncode and not done.stdout and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (repository / "hostile").exists()
 
 
-@pytest.mark.parametrize("target, given, message", [
-    ("many", dict(CONDITIONS="C1'; touch hostile; '", MINUTES="1"), "unknown condition \"C1';\""), ("many", dict(SEEDS='0" `touch hostile` "'), "unknown seed '0\"'"),
-    ("many", dict(MINUTES=".nan"), "MINUTES is '.nan'; it takes a number above 0"), ("many", dict(EVALUATE="[yes"), "EVALUATE is '[yes'; it takes true or false"),
-    ("many", dict(SCALE="paper", EVALUATE="false"), "scale paper can't train here: its data"),
-    ("tables", dict(CONDITIONS='C1"; touch hostile; "'), "unknown condition 'C1\";'"), ("publish", dict(SCALE="toy"), "nothing to publish in"),
-    ("clean-runs", dict(SCALE="toy", CONFIRM='"); open("hostile", "w'), "nothing in"),
-])
+@pytest.mark.parametrize(
+    "target, given, message",
+    [
+        ("many", dict(CONDITIONS="C1'; touch hostile; '", MINUTES="1"), 'unknown condition "C1\';"'),
+        ("many", dict(SEEDS='0" `touch hostile` "'), "unknown seed '0\"'"),
+        ("many", dict(MINUTES=".nan"), "MINUTES is '.nan'; it takes a number above 0"),
+        ("many", dict(EVALUATE="[yes"), "EVALUATE is '[yes'; it takes true or false"),
+        ("many", dict(SCALE="paper", EVALUATE="false"), "scale paper can't train here: its data"),
+        ("tables", dict(CONDITIONS='C1"; touch hostile; "'), "unknown condition 'C1\";'"),
+        ("publish", dict(SCALE="toy"), "nothing to publish in"),
+        ("clean-runs", dict(SCALE="toy", CONFIRM='"); open("hostile", "w'), "nothing in"),
+    ],
+)
 def test_make_hands_over_what_it_is_given_as_it_is(repository, target, given, message):
-    done = subprocess.run(["make", "-o", ".venv/ok", target, *(f"{name}={value}" for name, value in given.items())], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        ["make", "-o", ".venv/ok", target, *(f"{name}={value}" for name, value in given.items())],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert [line for line in done.stdout.splitlines() if message in line] and "Traceback" not in done.stdout
     assert not (repository / "hostile").exists()
 
@@ -278,22 +437,38 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, victims):
     before = contents(repository / "outputs")
 
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    engine = psutil.Popen(command(target), cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONPATH=path))
+    engine = psutil.Popen(
+        command(target),
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=path),
+    )
     below = stopped(engine)
     assert len(list(folder.glob("checkpoint/step-*.safetensors"))) == 1
     if victims == "everything":
         code, said = batch(repository, target)
         assert code != 0 and "another batch is running at scale smoke" in said and not jobs(said)
-    killed = {"everything": [engine, *below], "snakemake": [engine], "papermill": [p for p in below if "papermill" in p.cmdline()[:3]]}[victims]
+    killed = {
+        "everything": [engine, *below],
+        "snakemake": [engine],
+        "papermill": [p for p in below if "papermill" in p.cmdline()[:3]],
+    }[victims]
     assert killed
     for process in killed:
         process.kill()
     for process in below:
-        with suppress(psutil.NoSuchProcess): process.resume()
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
     engine.communicate()
 
     code, said = batch(repository, target)
     assert code == 0 and jobs(said) == ["distill C4, seed 0, 3000 tokens"], said
     assert (folder / "student/model.safetensors").read_bytes() == weights
     after = contents(repository / "outputs")
-    assert {path for path in before if before[path] != after[path] and path.parts[:3] != folder.relative_to(repository / "outputs").parts} == set()
+    assert {
+        path
+        for path in before
+        if before[path] != after[path] and path.parts[:3] != folder.relative_to(repository / "outputs").parts
+    } == set()

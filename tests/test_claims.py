@@ -1,4 +1,5 @@
 "The paper's claims: the list, the rules, and verdicts from run files written by hand."
+
 import json
 import re
 import subprocess
@@ -12,15 +13,31 @@ from test_results import notebook
 
 from heed_nb.conditions import BENCHMARKS, CONDITIONS, Scale, load_scale
 from heed_nb.regression import CORRELATIONS
-from heed_nb.results import (AVERAGES, MEASURED, RULES, VERDICTS, Measured, claim_verdict, claims, claims_markdown, paper_claims, paper_value, publish, read_run, run_name,
-                             student_t)
+from heed_nb.results import (
+    AVERAGES,
+    MEASURED,
+    RULES,
+    VERDICTS,
+    Measured,
+    claim_verdict,
+    claims,
+    claims_markdown,
+    paper_claims,
+    paper_value,
+    publish,
+    read_run,
+    run_name,
+    student_t,
+)
 
 REPRODUCED, NOT, UNDECIDED, UNTESTED = VERDICTS
 SCALE = Scale("made", teacher="t", token_budget=4000, budgets=(1000, 4000), teachers={"t": {}, "other": {}})
 
 
 def write(folder, kind, condition, seed, numbers, budget=4000, teacher=None, device="cpu", **parameters):
-    path = folder / run_name(condition, *((None, None) if condition == "C0" else (seed, budget)), teacher) / f"{kind}.json"
+    path = (
+        folder / run_name(condition, *((None, None) if condition == "C0" else (seed, budget)), teacher) / f"{kind}.json"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     provenance = dict(git=dict(commit="0" * 40, dirty=False), device=device, threads=1)
     path.write_text(json.dumps(dict(kind=kind, parameters=parameters, numbers=numbers, provenance=provenance)))
@@ -34,13 +51,54 @@ def evaluated(folder, condition, by_seed, n=100, **of):
         write(folder, "evaluate", condition, seed, dict(scores=scores, n=dict.fromkeys(scores, n)), **of)
 
 
-def diagnosed(folder, seed, drift, *, density=0.30, others=(0.10, 0.08, 0.05), importance=dict(value=None, low=None, high=None), largest=1.0, ranked=True):
-    around = lambda value: dict(value=value, low=value - 0.02, high=value + 0.02, p5=value - 0.1, p95=value + 0.3, least=value - 0.2, most=value + 0.2)
+def diagnosed(
+    folder,
+    seed,
+    drift,
+    *,
+    density=0.30,
+    others=(0.10, 0.08, 0.05),
+    importance=dict(value=None, low=None, high=None),
+    largest=1.0,
+    ranked=True,
+):
+    around = lambda value: dict(
+        value=value,
+        low=value - 0.02,
+        high=value + 0.02,
+        p5=value - 0.1,
+        p95=value + 0.3,
+        least=value - 0.2,
+        most=value + 0.2,
+    )
     shares = zip(("density", "visual", "depth", "attention"), (density, *others))
-    deciles = dict(drift=dict(ratio=drift), importance=dict(ratio=importance, difference=dict(value=0.1, low=0.05, high=0.2)))
-    regression = dict(r2=around(0.5), predictors={name: dict(semi_partial=around(share), largest=largest) for name, share in shares})
-    correlations = {name: around(value) for name, value in {"density": 0.6, "density, top quarter": 0.5, "top quarter minus all": -0.1, "layers": 0.7}.items()}
-    write(folder, "diagnose", "C1", seed, dict(images=100, deciles=deciles, regressions=dict(drift=regression), **dict(correlations=correlations) if ranked else {}))
+    deciles = dict(
+        drift=dict(ratio=drift), importance=dict(ratio=importance, difference=dict(value=0.1, low=0.05, high=0.2))
+    )
+    regression = dict(
+        r2=around(0.5), predictors={name: dict(semi_partial=around(share), largest=largest) for name, share in shares}
+    )
+    correlations = {
+        name: around(value)
+        for name, value in {
+            "density": 0.6,
+            "density, top quarter": 0.5,
+            "top quarter minus all": -0.1,
+            "layers": 0.7,
+        }.items()
+    }
+    write(
+        folder,
+        "diagnose",
+        "C1",
+        seed,
+        dict(
+            images=100,
+            deciles=deciles,
+            regressions=dict(drift=regression),
+            **dict(correlations=correlations) if ranked else {},
+        ),
+    )
 
 
 def judged(folder, scale=SCALE):
@@ -49,9 +107,14 @@ def judged(folder, scale=SCALE):
 
 # The list
 
+
 def test_every_line_has_a_measure_a_rule_and_an_id_of_its_own():
     frame = paper_claims()
-    assert frame.id.is_unique and len(frame) >= 60 and (frame[["id", "place", "claim", "measure", "rule"]] != "").all().all()
+    assert (
+        frame.id.is_unique
+        and len(frame) >= 60
+        and (frame[["id", "place", "claim", "measure", "rule"]] != "").all().all()
+    )
     for claim in frame.itertuples():
         name, *words = claim.measure.split()
         assert name in MEASURED and (name == "none") == claim.rule.startswith("never: ")
@@ -61,21 +124,72 @@ def test_every_line_has_a_measure_a_rule_and_an_id_of_its_own():
             assert " ".join(words) in CORRELATIONS and at in ("value", "p5", "p95", "least", "most")
             continue
         for word in words:
-            known = {*CONDITIONS, *BENCHMARKS, *AVERAGES, "internvl", "minicpmv", "glm4v", "drift", "importance", "ablation", "ratio", "difference", "density", "visual", "depth", "attention"}
+            known = {
+                *CONDITIONS,
+                *BENCHMARKS,
+                *AVERAGES,
+                "internvl",
+                "minicpmv",
+                "glm4v",
+                "drift",
+                "importance",
+                "ablation",
+                "ratio",
+                "difference",
+                "density",
+                "visual",
+                "depth",
+                "attention",
+            }
             assert word in known, (claim.id, word)
 
 
 def test_numbers_said_in_the_text_are_those_of_the_tables():
-    said = dict(c1_c0_ocr=-13.3, c4_c3_ocr=4.7, c4_c3_fine=3.50, c4_c3_average=2.24, c4_c1_ocr=8.7, c4_c1_average=5.13, c2_c1_average=2.20, c3_c2_average=0.69, c1_c0_average=-7.37,
-                c5_c4_ocr=0.6, internvl_c4_c3=3.2, minicpmv_c4_c3=2.7, glm4v_c4_c3=3.7, internvl_post=-0.6, minicpmv_post=0.3, glm4v_post=-0.9, quarter_c4_c3_ocr=4.8, c4_residual_ocr=2.5,
-                mask_random_10=2.5, mask_random_25=5.2, mask_random_50=4.7, cost_c5_c1=1.73, throughput_128k=4.12, memory_128k=0.32, c4_post=0.38, c1_post=-5.05)
+    said = dict(
+        c1_c0_ocr=-13.3,
+        c4_c3_ocr=4.7,
+        c4_c3_fine=3.50,
+        c4_c3_average=2.24,
+        c4_c1_ocr=8.7,
+        c4_c1_average=5.13,
+        c2_c1_average=2.20,
+        c3_c2_average=0.69,
+        c1_c0_average=-7.37,
+        c5_c4_ocr=0.6,
+        internvl_c4_c3=3.2,
+        minicpmv_c4_c3=2.7,
+        glm4v_c4_c3=3.7,
+        internvl_post=-0.6,
+        minicpmv_post=0.3,
+        glm4v_post=-0.9,
+        quarter_c4_c3_ocr=4.8,
+        c4_residual_ocr=2.5,
+        mask_random_10=2.5,
+        mask_random_25=5.2,
+        mask_random_50=4.7,
+        cost_c5_c1=1.73,
+        throughput_128k=4.12,
+        memory_128k=0.32,
+        c4_post=0.38,
+        c1_post=-5.05,
+    )
     frame = paper_claims().set_index("id")
     assert frame.paper[list(said)].to_dict() == pytest.approx(said, abs=1e-6)
-    assert frame.paper[["cost_c4_c3", "cost_c5_c4", "ttft_32k"]].to_list() == pytest.approx([165 / 160, 260 / 165, 4.21 / 1.51], abs=1e-5)
-    assert frame.spread.quarter_c4_c3_ocr == "± 0.42 (SE of 3 seeds)" and frame.spread.drift_r2_density.startswith("[0.27, 0.33] (95 %")
-    assert frame.paper[["fisher_density_p5", "fisher_density_p95", "fisher_layers_least", "fisher_layers_most"]].to_list() == [0.49, 0.74, 0.61, 0.88]
-    assert frame.paper[["quarter_gap_ocr", "quarter_spread_c3_fine", "quarter_spread_c4_average", "density_most", "c4_c0_mathvista"]].to_list() == pytest.approx([0.1, 0.5, 0.29, 4.1, 0.2])
-    assert (frame.paper[frame.rule == "interval above 0"] > 0).all() and (frame.paper[frame.rule == "interval below 0"] < 0).all()
+    assert frame.paper[["cost_c4_c3", "cost_c5_c4", "ttft_32k"]].to_list() == pytest.approx(
+        [165 / 160, 260 / 165, 4.21 / 1.51], abs=1e-5
+    )
+    assert frame.spread.quarter_c4_c3_ocr == "± 0.42 (SE of 3 seeds)" and frame.spread.drift_r2_density.startswith(
+        "[0.27, 0.33] (95 %"
+    )
+    assert frame.paper[
+        ["fisher_density_p5", "fisher_density_p95", "fisher_layers_least", "fisher_layers_most"]
+    ].to_list() == [0.49, 0.74, 0.61, 0.88]
+    assert frame.paper[
+        ["quarter_gap_ocr", "quarter_spread_c3_fine", "quarter_spread_c4_average", "density_most", "c4_c0_mathvista"]
+    ].to_list() == pytest.approx([0.1, 0.5, 0.29, 4.1, 0.2])
+    assert (frame.paper[frame.rule == "interval above 0"] > 0).all() and (
+        frame.paper[frame.rule == "interval below 0"] < 0
+    ).all()
 
 
 def test_every_rule_holds_on_the_papers_own_value():
@@ -94,24 +208,47 @@ def test_a_value_is_numbers_and_cells_only():
 
 # Intervals and rules
 
+
 def test_student_t_is_scipys():
     for level in (0.5, 0.95, 0.999):
         ours = [student_t(n, level) for n in (*range(1, 12), 30, 101)]
         np.testing.assert_allclose(ours, [stats.t.ppf((1 + level) / 2, n) for n in (*range(1, 12), 30, 101)], rtol=1e-9)
 
 
-@pytest.mark.parametrize("rule, low, high, verdict", [
-    ("interval above 0", 0.1, 2, REPRODUCED), ("interval above 0", -0.1, 2, UNDECIDED), ("interval above 0", -2, -0.1, NOT), ("interval above -2", -1.9, 0, REPRODUCED), ("interval below 0", -2, -0.1, REPRODUCED),
-    ("interval below 0", -2, 0.1, UNDECIDED),
-    ("interval within 10 % of the paper", 0.91, 1.09, REPRODUCED), ("interval within 10 % of the paper", 0.91, 1.11, UNDECIDED), ("interval within 10 % of the paper", 1.11, 1.2, NOT), ("interval within 10 % of the paper", 0.8, 1.09, UNDECIDED),
-    ("interval within -1 and 1", -0.9, 0.9, REPRODUCED), ("interval within -1 and 1", -0.9, 1.1, UNDECIDED), ("interval above 0", None, None, UNTESTED)])
+@pytest.mark.parametrize(
+    "rule, low, high, verdict",
+    [
+        ("interval above 0", 0.1, 2, REPRODUCED),
+        ("interval above 0", -0.1, 2, UNDECIDED),
+        ("interval above 0", -2, -0.1, NOT),
+        ("interval above -2", -1.9, 0, REPRODUCED),
+        ("interval below 0", -2, -0.1, REPRODUCED),
+        ("interval below 0", -2, 0.1, UNDECIDED),
+        ("interval within 10 % of the paper", 0.91, 1.09, REPRODUCED),
+        ("interval within 10 % of the paper", 0.91, 1.11, UNDECIDED),
+        ("interval within 10 % of the paper", 1.11, 1.2, NOT),
+        ("interval within 10 % of the paper", 0.8, 1.09, UNDECIDED),
+        ("interval within -1 and 1", -0.9, 0.9, REPRODUCED),
+        ("interval within -1 and 1", -0.9, 1.1, UNDECIDED),
+        ("interval above 0", None, None, UNTESTED),
+    ],
+)
 def test_interval_rules(rule, low, high, verdict):
     assert claim_verdict(rule, Measured(1.0, low, high), 1.0)[0] == verdict
 
 
-@pytest.mark.parametrize("rule, value, verdict", [
-    ("value within 20 % of the paper", 4.31, REPRODUCED), ("value within 20 % of the paper", 4.33, NOT), ("value at most the paper", 3.6, REPRODUCED),
-    ("value at most the paper", 3.7, NOT), ("value at least 0.999", 1, REPRODUCED), ("value at least 0.999", 0.99, NOT), ("never: no GPU", 3.6, UNTESTED)])
+@pytest.mark.parametrize(
+    "rule, value, verdict",
+    [
+        ("value within 20 % of the paper", 4.31, REPRODUCED),
+        ("value within 20 % of the paper", 4.33, NOT),
+        ("value at most the paper", 3.6, REPRODUCED),
+        ("value at most the paper", 3.7, NOT),
+        ("value at least 0.999", 1, REPRODUCED),
+        ("value at least 0.999", 0.99, NOT),
+        ("never: no GPU", 3.6, UNTESTED),
+    ],
+)
 def test_value_rules(rule, value, verdict):
     assert claim_verdict(rule, Measured(value), 3.6)[0] == verdict
 
@@ -123,6 +260,7 @@ def test_an_unknown_rule_is_refused():
 
 # Verdicts from files
 
+
 def test_nothing_is_tested_without_runs(tmp_path):
     assert set(judged(tmp_path / "nowhere").verdict) == {UNTESTED}
 
@@ -132,11 +270,16 @@ def test_a_contrast_over_seeds(tmp_path):
     evaluated(tmp_path, "C4", [53, 56, 53])
     line = judged(tmp_path).loc["c4_c3_average"]
     reference = stats.ttest_rel([53, 56, 53], [50, 52, 51]).confidence_interval(0.95)
-    assert (line.verdict, line.n) == (REPRODUCED, "3 seeds") and [line.value, line.low, line.high] == pytest.approx([3, *reference])
+    assert (line.verdict, line.n) == (REPRODUCED, "3 seeds") and [line.value, line.low, line.high] == pytest.approx(
+        [3, *reference]
+    )
     assert line.runs == "C4-seed{0,1,2}-budget4000/evaluate.json C3-seed{0,1,2}-budget4000/evaluate.json"
 
 
-@pytest.mark.parametrize("c4, verdict, why", [([53, 50, 51], UNDECIDED, "the interval holds 0"), ([45, 46, 46], NOT, "the interval lies on the other side")])
+@pytest.mark.parametrize(
+    "c4, verdict, why",
+    [([53, 50, 51], UNDECIDED, "the interval holds 0"), ([45, 46, 46], NOT, "the interval lies on the other side")],
+)
 def test_a_contrast_that_is_not_there(tmp_path, c4, verdict, why):
     evaluated(tmp_path, "C3", [50, 52, 51])
     evaluated(tmp_path, "C4", c4)
@@ -147,12 +290,23 @@ def test_one_seed_and_equal_seeds_decide_nothing(tmp_path):
     evaluated(tmp_path, "C3", [50, 51])
     evaluated(tmp_path, "C4", [60])
     line = judged(tmp_path).loc["c4_c3_average"]
-    assert (line.verdict, line.why, line.value, line.runs) == (UNTESTED, "one seed", 10, "C4-seed0-budget4000/evaluate.json C3-seed0-budget4000/evaluate.json") and np.isnan(line.low)
+    assert (line.verdict, line.why, line.value, line.runs) == (
+        UNTESTED,
+        "one seed",
+        10,
+        "C4-seed0-budget4000/evaluate.json C3-seed0-budget4000/evaluate.json",
+    ) and np.isnan(line.low)
     evaluated(tmp_path, "C4", [60, 61])
-    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [UNDECIDED, "the seeds agree exactly: no spread to judge by"]
+    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [
+        UNDECIDED,
+        "the seeds agree exactly: no spread to judge by",
+    ]
     for condition in ("C3", "C4"):
         evaluated(tmp_path, condition, [100, 100])
-    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [UNDECIDED, "at the ceiling: every score is 100"]
+    assert list(judged(tmp_path).loc["c4_c3_average", ["verdict", "why"]]) == [
+        UNDECIDED,
+        "at the ceiling: every score is 100",
+    ]
     evaluated(tmp_path, "C4", [99, 99])
     assert judged(tmp_path).why.c4_c3_average == "the seeds agree exactly: no spread to judge by"
 
@@ -169,10 +323,18 @@ def test_runs_that_can_not_be_paired_decide_nothing(tmp_path):
 
 def test_selectivity_steps_and_the_teacher(tmp_path):
     evaluated(tmp_path, "C0", [90])
-    for name, fine, reasoning in (("C1", (40, 42, 43), (89, 90, 88.5)), ("C2", (50, 51, 54), (89, 90, 89)), ("C3", (52, 54, 55), (89, 89.5, 90)), ("C4", (70, 73, 75), (89, 90, 90))):
+    for name, fine, reasoning in (
+        ("C1", (40, 42, 43), (89, 90, 88.5)),
+        ("C2", (50, 51, 54), (89, 90, 89)),
+        ("C3", (52, 54, 55), (89, 89.5, 90)),
+        ("C4", (70, 73, 75), (89, 90, 90)),
+    ):
         evaluated(tmp_path, name, [dict(fine_grained=f, reasoning=r) for f, r in zip(fine, reasoning)])
     at = judged(tmp_path)
-    assert at.value.c1_selective == pytest.approx(np.mean([40 - 89, 42 - 90, 43 - 88.5])) and at.verdict.c1_selective == at.verdict.c4_c3_selective == REPRODUCED
+    assert (
+        at.value.c1_selective == pytest.approx(np.mean([40 - 89, 42 - 90, 43 - 88.5]))
+        and at.verdict.c1_selective == at.verdict.c4_c3_selective == REPRODUCED
+    )
     average = lambda f, r: 0.6 * np.array(f) + 0.4 * np.array(r)
     step = average((18, 19, 20), (0, 0.5, 0))
     assert at.value.largest_step_c3_c2 == pytest.approx((step - average((2, 3, 1), (0, -0.5, 1))).mean())
@@ -185,21 +347,38 @@ def test_other_teachers_and_a_quarter_of_the_budget(tmp_path):
         evaluated(tmp_path, condition, scores, teacher="other", model_type="glm4v")
         evaluated(tmp_path, condition, [s - 1 for s in scores], budget=1000)
     at = judged(tmp_path)
-    assert (at.verdict.glm4v_c4_c3, at.why.internvl_c4_c3) == (REPRODUCED, "no evaluate.json with a teacher of the family internvl")
-    assert at.runs.glm4v_c4_c3 == "other/C4-seed{0,1}-budget4000/evaluate.json other/C3-seed{0,1}-budget4000/evaluate.json"
+    assert (at.verdict.glm4v_c4_c3, at.why.internvl_c4_c3) == (
+        REPRODUCED,
+        "no evaluate.json with a teacher of the family internvl",
+    )
+    assert (
+        at.runs.glm4v_c4_c3 == "other/C4-seed{0,1}-budget4000/evaluate.json other/C3-seed{0,1}-budget4000/evaluate.json"
+    )
     assert at.verdict.quarter_c4_c3_ocr == REPRODUCED and "budget1000" in at.runs.quarter_c4_c3_ocr
     assert at.value.quarter_spread_c3 == pytest.approx(np.std([50, 52], ddof=1)) and at.verdict.quarter_spread_c3 == NOT
-    assert list(at.loc["quarter_gap_ocr", ["verdict", "why"]]) == [UNTESTED, "no evaluate.json of C4, C3 at 4,000 tokens"]
-    assert judged(tmp_path, Scale("made", teacher="t", token_budget=2500, budgets=(1000,))).why.quarter_c4_c3_ocr == "the scale has no budget near a quarter of Table 1's"
+    assert list(at.loc["quarter_gap_ocr", ["verdict", "why"]]) == [
+        UNTESTED,
+        "no evaluate.json of C4, C3 at 4,000 tokens",
+    ]
+    assert (
+        judged(tmp_path, Scale("made", teacher="t", token_budget=2500, budgets=(1000,))).why.quarter_c4_c3_ocr
+        == "the scale has no budget near a quarter of Table 1's"
+    )
 
 
 def test_a_spread_of_one_seed_is_none_and_of_equal_seeds_is_zero(tmp_path):
     evaluated(tmp_path, "C3", [50], budget=1000)
     evaluated(tmp_path, "C4", [50, 50], budget=1000)
     at = judged(tmp_path)
-    assert list(at.loc["quarter_spread_c3", ["verdict", "why"]]) == [UNTESTED, "one seed"] and np.isnan(at.value.quarter_spread_c3)
+    assert list(at.loc["quarter_spread_c3", ["verdict", "why"]]) == [UNTESTED, "one seed"] and np.isnan(
+        at.value.quarter_spread_c3
+    )
     assert list(at.loc["quarter_spread_c4_fine", ["verdict", "value", "n"]]) == [REPRODUCED, 0, "2 seeds"]
-    assert "+" not in claims_markdown(paper_claims().query("unit == 'points (SD)'").assign(value=0.5, low=np.nan, high=np.nan, n="", verdict="", why="", runs=""))
+    assert "+" not in claims_markdown(
+        paper_claims()
+        .query("unit == 'points (SD)'")
+        .assign(value=0.5, low=np.nan, high=np.nan, n="", verdict="", why="", runs="")
+    )
 
 
 def test_the_gap_at_a_quarter_of_the_budget_is_paired_with_that_at_all_of_it(tmp_path):
@@ -208,7 +387,9 @@ def test_the_gap_at_a_quarter_of_the_budget_is_paired_with_that_at_all_of_it(tmp
         evaluated(tmp_path, "C4", c4, budget=budget)
     line = judged(tmp_path).loc["quarter_gap_ocr"]
     reference = stats.ttest_rel([4.5, 4.5, 4.2], [4, 5, 4]).confidence_interval(0.95)
-    assert [line.value, line.low, line.high] == pytest.approx([0.2 / 3, *reference]) and "C4-seed{0,1,2}-budget{1000,4000}" in line.runs
+    assert [line.value, line.low, line.high] == pytest.approx(
+        [0.2 / 3, *reference]
+    ) and "C4-seed{0,1,2}-budget{1000,4000}" in line.runs
 
 
 def test_density_is_the_larger_gain_only_where_it_gains(tmp_path):
@@ -239,11 +420,18 @@ def test_a_ratio_of_spreads_has_pitmans_interval(tmp_path):
 
 def test_parameters_are_counted_by_distill(tmp_path):
     for condition, student in (("C1", 1047), ("C4", 1047)):
-        write(tmp_path, "distill", condition, 0, dict(parameters=dict(teacher=1000, student=student), seconds=1, tokens=1))
+        write(
+            tmp_path, "distill", condition, 0, dict(parameters=dict(teacher=1000, student=student), seconds=1, tokens=1)
+        )
     at = judged(tmp_path)
-    assert at.loc[["no_parameters", "no_parameters_c1"], ["value", "verdict"]].values.tolist() == [[pytest.approx(4.7), NOT], [0, REPRODUCED]]
+    assert at.loc[["no_parameters", "no_parameters_c1"], ["value", "verdict"]].values.tolist() == [
+        [pytest.approx(4.7), NOT],
+        [0, REPRODUCED],
+    ]
     write(tmp_path, "distill", "C4", 0, dict(seconds=1, tokens=1))
-    assert set(judged(tmp_path).loc[["no_parameters", "no_parameters_c1"], "why"]) == {"a run file has no count of parameters"}
+    assert set(judged(tmp_path).loc[["no_parameters", "no_parameters_c1"], "why"]) == {
+        "a run file has no count of parameters"
+    }
 
 
 def test_training_costs(tmp_path):
@@ -252,43 +440,99 @@ def test_training_costs(tmp_path):
         write(tmp_path, "distill", "C4", seed, dict(seconds=204 + 0.4 * seed, tokens=2000))
         write(tmp_path, "distill", "C1", seed, dict(seconds=80, tokens=1000), device="another")
     at = judged(tmp_path)
-    assert at.value.cost_c4_c3 == pytest.approx(1.021) and at.verdict.cost_c4_c3 == REPRODUCED and "distill.json" in at.runs.cost_c4_c3
+    assert (
+        at.value.cost_c4_c3 == pytest.approx(1.021)
+        and at.verdict.cost_c4_c3 == REPRODUCED
+        and "distill.json" in at.runs.cost_c4_c3
+    )
     for seed in range(2):
         write(tmp_path, "distill", "C4", seed, dict(seconds=204 + 40 * seed, tokens=2000))
-    assert list(judged(tmp_path).loc["cost_c4_c3", ["verdict", "why"]]) == [UNDECIDED, "the interval holds 0.98 and 1.08"]
+    assert list(judged(tmp_path).loc["cost_c4_c3", ["verdict", "why"]]) == [
+        UNDECIDED,
+        "the interval holds 0.98 and 1.08",
+    ]
     assert list(at.loc["cost_c4_c1", ["verdict", "why"]]) == [UNTESTED, "timed on different machines or threads"]
 
 
 def test_a_diagnosis(tmp_path):
     diagnosed(tmp_path, 0, dict(value=3.4, low=3.2, high=3.7))
     at = judged(tmp_path)
-    assert at.verdict[["drift_ratio", "drift_direction", "drift_r2", "drift_r2_density", "density_largest", "density_lead", "importance_direction"]].to_list() == [REPRODUCED] * 7
-    assert list(at.loc["drift_direction", ["value", "low", "high", "n", "runs"]]) == [3.4, 3.2, 3.7, "100 images, 1 seed", "C1-seed0-budget4000/diagnose.json"]
+    assert (
+        at.verdict[
+            [
+                "drift_ratio",
+                "drift_direction",
+                "drift_r2",
+                "drift_r2_density",
+                "density_largest",
+                "density_lead",
+                "importance_direction",
+            ]
+        ].to_list()
+        == [REPRODUCED] * 7
+    )
+    assert list(at.loc["drift_direction", ["value", "low", "high", "n", "runs"]]) == [
+        3.4,
+        3.2,
+        3.7,
+        "100 images, 1 seed",
+        "C1-seed0-budget4000/diagnose.json",
+    ]
     assert at.why.importance_ratio.startswith("no ratio") and at.verdict.importance_ratio == UNTESTED
     assert list(at.loc["ablation_ratio", ["verdict", "why"]]) == [UNTESTED, "the diagnosis has no such curve"]
-    fisher = ["fisher_density", "fisher_density_direction", "fisher_density_top", "fisher_density_top_rise", "fisher_layers"]
+    fisher = [
+        "fisher_density",
+        "fisher_density_direction",
+        "fisher_density_top",
+        "fisher_density_top_rise",
+        "fisher_layers",
+    ]
     assert at.loc[fisher, "verdict"].to_list() == [REPRODUCED, REPRODUCED, NOT, NOT, REPRODUCED]
     assert list(at.loc["fisher_density", ["value", "low", "high"]]) == [0.6, 0.58, 0.62]
-    assert at.value[["fisher_density_p5", "fisher_density_p95", "fisher_layers_least", "fisher_layers_most"]].to_list() == pytest.approx([0.5, 0.9, 0.5, 0.9])
-    assert at.verdict[["fisher_density_p5", "fisher_density_p95", "fisher_layers_least", "fisher_layers_most"]].to_list() == [REPRODUCED, NOT, REPRODUCED, REPRODUCED]
+    assert at.value[
+        ["fisher_density_p5", "fisher_density_p95", "fisher_layers_least", "fisher_layers_most"]
+    ].to_list() == pytest.approx([0.5, 0.9, 0.5, 0.9])
+    assert at.verdict[
+        ["fisher_density_p5", "fisher_density_p95", "fisher_layers_least", "fisher_layers_most"]
+    ].to_list() == [REPRODUCED, NOT, REPRODUCED, REPRODUCED]
     fisher += ["fisher_density_p5", "fisher_layers_most"]
     diagnosed(tmp_path, 0, dict(value=3.4, low=3.2, high=3.7), ranked=False)
     at = judged(tmp_path)
-    assert set(at.verdict[fisher]) == {UNTESTED} and set(at.why[fisher]) == {"the diagnosis found no order to correlate"}
+    assert set(at.verdict[fisher]) == {UNTESTED} and set(at.why[fisher]) == {
+        "the diagnosis found no order to correlate"
+    }
     diagnosed(tmp_path, 1, dict(value=1.4, low=0.9, high=1.7), density=0.05, largest=0.2)
     at = judged(tmp_path)
-    assert list(at.loc["drift_direction", ["value", "low", "high", "verdict"]]) == [pytest.approx(2.4), 0.9, 3.7, UNDECIDED]
-    assert at.verdict[["drift_ratio", "drift_r2_density", "density_largest"]].to_list() == [NOT] * 3 and at.why.drift_ratio == "-33% off the paper"
+    assert list(at.loc["drift_direction", ["value", "low", "high", "verdict"]]) == [
+        pytest.approx(2.4),
+        0.9,
+        3.7,
+        UNDECIDED,
+    ]
+    assert (
+        at.verdict[["drift_ratio", "drift_r2_density", "density_largest"]].to_list() == [NOT] * 3
+        and at.why.drift_ratio == "-33% off the paper"
+    )
 
 
 # The page
 
+
 @pytest.mark.slow
 def test_the_batch_diagnoses_for_all_and_not_for_tables(tmp_path, copy_of_repository):
     repository = copy_of_repository(tmp_path)
+
     def planned(target):
         command = [sys.executable, "-m", "snakemake", "--dry-run", "--config", "scale=smoke", "--", target]
-        return set(re.findall(r"Job \d+: (.*)", subprocess.run(command, cwd=repository, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout))
+        return set(
+            re.findall(
+                r"Job \d+: (.*)",
+                subprocess.run(
+                    command, cwd=repository, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                ).stdout,
+            )
+        )
+
     wanted = {"diagnose C1, seed 0", "figure_03", "claims"}
     assert wanted <= planned("all") and not wanted & planned("tables")
 
@@ -324,9 +568,16 @@ def test_figure_3_has_all_curves_and_the_papers_numbers(tmp_path, root, monkeypa
     path.write_text(json.dumps(run))
     notebook(root, "figure_03", runs=tmp_path / "runs", out=tmp_path)
     text = (tmp_path / "tables/figure_03.md").read_text()
-    row = lambda what: next([cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines() if line.startswith(f"| {what}"))
-    assert row("ablation, densest over") == ["3.5", "1.5 [1.2, 1.8]"] and row("importance, one by one, densest minus") == ["", "not measured"]
-    assert row("semi-partial R²: density") == ["0.3 [0.27, 0.33]", "0.3 [0.28, 0.32]"] and row("between layers, visual")[0] == "0.73, from 0.61 to 0.88"
+    row = lambda what: next(
+        [cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines() if line.startswith(f"| {what}")
+    )
+    assert row("ablation, densest over") == ["3.5", "1.5 [1.2, 1.8]"] and row(
+        "importance, one by one, densest minus"
+    ) == ["", "not measured"]
+    assert (
+        row("semi-partial R²: density") == ["0.3 [0.27, 0.33]", "0.3 [0.28, 0.32]"]
+        and row("between layers, visual")[0] == "0.73, from 0.61 to 0.88"
+    )
     assert row("density and sensitivity")[0] == "0.63, 5th to 95th percentile 0.49 to 0.74"
     assert "- Made from the 1 run file `runs/NAME/diagnose.json` (commit 0000000, cpu): C1-seed0-budget4000." in text
 

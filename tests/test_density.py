@@ -1,4 +1,5 @@
 "Density and weights against the definition, one position at a time, in plain Python."
+
 import math
 
 import pytest
@@ -33,20 +34,26 @@ def density(features, radius=1):
 def weights(density, visual, present, tau, text_boost, normalize_over):
     density, here = density.tolist(), [i for i, p in enumerate(present.tolist()) if p]
     seen = [i for i in here if visual[i]]
-    if not seen: return torch.tensor([float(i in here) for i in range(len(density))], dtype=torch.float64)
+    if not seen:
+        return torch.tensor([float(i in here) for i in range(len(density))], dtype=torch.float64)
     text = text_boost * math.fsum(density[i] for i in seen) / len(seen)
     rho = {i: density[i] if visual[i] else text for i in here}
     over = [rho[i] for i in (here if normalize_over == "all" else seen)]
     scaled = {i: min(max((rho[i] - min(over)) / (max(over) - min(over)), 0), 1) for i in here}
     total = math.fsum(math.exp(scaled[i] / tau) for i in here)
-    return torch.tensor([len(here) * math.exp(scaled[i] / tau) / total if i in here else 0. for i in range(len(density))], dtype=torch.float64)
+    return torch.tensor(
+        [len(here) * math.exp(scaled[i] / tau) / total if i in here else 0.0 for i in range(len(density))],
+        dtype=torch.float64,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape, radius", [((2, 2, 3), 1), ((2, 7, 5), 1), ((6, 3, 4), 2), ((4, 5, 16), 3), ((9, 4, 8), 1)])
+@pytest.mark.parametrize(
+    "shape, radius", [((2, 2, 3), 1), ((2, 7, 5), 1), ((6, 3, 4), 2), ((4, 5, 16), 3), ((9, 4, 8), 1)]
+)
 def test_density_is_its_definition(shape, radius, dtype):
     torch.manual_seed(0)
-    pages = torch.randn(3, 2, *shape, dtype=dtype) + torch.tensor([0., 1, 3], dtype=dtype).view(3, 1, 1, 1, 1)
+    pages = torch.randn(3, 2, *shape, dtype=dtype) + torch.tensor([0.0, 1, 3], dtype=dtype).view(3, 1, 1, 1, 1)
     result = patch_density(pages, radius=radius)
     assert result.dtype == dtype and result.shape == pages.shape[:-1]
     expected = torch.stack([torch.stack([density(page, radius) for page in pair]) for pair in pages])
@@ -84,10 +91,15 @@ def test_weights_are_algorithm_1(dtype, tau, text_boost, normalize_over):
     torch.manual_seed(0)
     rho = torch.rand(6, 23, dtype=dtype)
     visual = torch.rand(6, 23) < 0.5
-    visual[2] = False                                                              # text alone
+    visual[2] = False  # text alone
     present = torch.ones(6, 23, dtype=torch.long)
-    present[0, :7] = 0; present[1, -9:] = 0; present[2, :3] = 0; present[3] = 0    # left, right, and nothing but padding
-    result = position_weights(rho, visual, attention_mask=present, tau=tau, text_boost=text_boost, normalize_over=normalize_over)
+    present[0, :7] = 0
+    present[1, -9:] = 0
+    present[2, :3] = 0
+    present[3] = 0  # left, right, and nothing but padding
+    result = position_weights(
+        rho, visual, attention_mask=present, tau=tau, text_boost=text_boost, normalize_over=normalize_over
+    )
     expected = torch.stack([weights(*row, tau, text_boost, normalize_over) for row in zip(rho, visual, present)])
     assert result.dtype == dtype
     assert_close(result.double(), expected, atol=3e-5 if dtype == torch.float32 else 1e-12, rtol=0)
@@ -98,7 +110,7 @@ def test_weights_of_a_sample_do_not_depend_on_its_batch_or_padding():
     torch.manual_seed(0)
     rho, visual = torch.rand(1, 12), torch.rand(1, 12) < 0.6
     alone = position_weights(rho, visual)
-    other = torch.full((2, 20), 50.)
+    other = torch.full((2, 20), 50.0)
     for start in (0, 8):
         batch, mask, present = other.clone(), torch.ones(2, 20).bool(), torch.zeros(2, 20)
         batch[0, start : start + 12], mask[0, start : start + 12], present[0, start : start + 12] = rho, visual, 1
@@ -113,7 +125,7 @@ def test_half_precision_and_hard_temperatures_stay_finite():
     rho, visual = torch.rand(2, 30), torch.ones(2, 30).bool()
     assert position_weights(rho.bfloat16(), visual).dtype == torch.float32
     hard = position_weights(rho, visual, tau=1e-6)
-    assert_close(hard.amax(-1), torch.full((2,), 30.))
+    assert_close(hard.amax(-1), torch.full((2,), 30.0))
     assert_close(hard.argmax(-1), rho.argmax(-1))
 
 

@@ -1,4 +1,5 @@
 "The cache's file read by a second reader, and under flipped bits, cuts, kills, full disks and two writers."
+
 import copy
 import io
 import json
@@ -80,7 +81,9 @@ def plain_reader(path):
         assert offset % 64 == 0 and magic == b"rho4" and crc == zlib.crc32(content[offset + 4 : end])
         assert not any(content[offset + 24 + key + len(levels) : end])
         halves = [half for byte in levels for half in (byte % 16, byte // 16)]
-        result[content[offset + 24 : offset + 24 + key].decode()] = [low + (high - low) * half / 15 for half in halves[:n]]
+        result[content[offset + 24 : offset + 24 + key].decode()] = [
+            low + (high - low) * half / 15 for half in halves[:n]
+        ]
         ends.append(end)
     assert [start, *ends] == sorted(offsets) + [index_offset]
     return json.loads(content[64 : 64 + length]), result
@@ -274,7 +277,9 @@ def test_a_file_that_was_not_closed_gives_its_whole_records_at_any_length(tmp_pa
         assert list(cache) == list(content)[:whole] and all(cache[key].equal(expected[key]) for key in cache)
         for key in list(content)[whole:]:
             assert key not in cache
-            with pytest.raises(KeyError, match=f"has no record '{key}' among its {whole}; its writer was killed or is at work"):
+            with pytest.raises(
+                KeyError, match=f"has no record '{key}' among its {whole}; its writer was killed or is at work"
+            ):
                 cache[key]
         with DensityCacheWriter(cut, IDENTITY) as again:
             assert [key in again for key in content] == [i < whole for i in range(3)]
@@ -366,7 +371,10 @@ def test_a_damaged_record_of_a_file_to_go_on_with_is_named(dozen):
         file.seek(place)
         file.write(bytes([byte ^ 4]))
     damaged = path.read_bytes()
-    with pytest.raises(ValueError, match=r"^record 6 \('sample-6'\) at byte \d+ of .* is damaged; remove the file, or cut it to \d+ bytes"):
+    with pytest.raises(
+        ValueError,
+        match=r"^record 6 \('sample-6'\) at byte \d+ of .* is damaged; remove the file, or cut it to \d+ bytes",
+    ):
         DensityCacheWriter(path)
     assert path.read_bytes() == damaged
     cache = DensityCache(path)
@@ -475,7 +483,9 @@ def out_of_disk(path, content, limit):
         os._exit(3)
 
 
-@pytest.mark.parametrize("records, what", [(0, "the header"), (2, "record 'sample-2'"), (4, "record 'sample-4'"), (5, "the index")])
+@pytest.mark.parametrize(
+    "records, what", [(0, "the header"), (2, "record 'sample-2'"), (4, "record 'sample-4'"), (5, "the index")]
+)
 def test_a_full_disk_keeps_the_records_before(tmp_path, records, what):
     content = samples((36, 250, 100, 0, 30))
     whole = write(tmp_path / "whole", content)
@@ -487,7 +497,9 @@ def test_a_full_disk_keeps_the_records_before(tmp_path, records, what):
     process.join()
     assert process.exitcode == 3
     message = (tmp_path / "error").read_text()
-    assert f"can't write {what} to {path} (File too large); it keeps {records} records" in message and "\n" not in message
+    assert (
+        f"can't write {what} to {path} (File too large); it keeps {records} records" in message and "\n" not in message
+    )
     if records:
         left = DensityCache(path)
         assert list(left) == list(content)[:records] and all(left[key].equal(cache[key]) for key in left)
@@ -514,12 +526,15 @@ def test_an_interrupt_within_a_write_leaves_a_whole_file(tmp_path, monkeypatch):
     assert write(writer.path, content).read_bytes() == write(tmp_path / "whole", content).read_bytes()
 
 
-@pytest.mark.parametrize("identity, message", [
-    (IDENTITY | {"tower": "ffff"}, "was made with tower '0123abcd', not 'ffff'"),
-    ({"tower": "0123abcd"}, "was made with reduce 'mean', not None"),
-    (IDENTITY | {"radius": "2"}, "was made with radius None, not '2'"),
-    ({}, "was made with reduce 'mean', not None"),
-])
+@pytest.mark.parametrize(
+    "identity, message",
+    [
+        (IDENTITY | {"tower": "ffff"}, "was made with tower '0123abcd', not 'ffff'"),
+        ({"tower": "0123abcd"}, "was made with reduce 'mean', not None"),
+        (IDENTITY | {"radius": "2"}, "was made with radius None, not '2'"),
+        ({}, "was made with reduce 'mean', not None"),
+    ],
+)
 def test_a_cache_of_another_identity_is_refused(dozen, identity, message):
     path, _ = dozen
     before = path.read_bytes()
@@ -556,18 +571,29 @@ def test_other_files_are_refused_and_left_alone(tmp_path, content):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("key, density, message", [
-    ("page", torch.tensor([0.1, math.nan]), "the density of 'page' holds NaN or infinity"),
-    ("page", torch.tensor([0.1, math.inf]), "the density of 'page' holds NaN or infinity"),
-    ("page", np.array([1e300]), "the density of 'page' holds NaN or infinity"),
-    ("page", torch.rand(2, 3), r"the density of 'page' must be numbers in one dimension, \[tokens\], got float32 \[2, 3\]"),
-    ("page", np.array(["a"]), "the density of 'page' must be numbers in one dimension"),
-    ("page", torch.tensor([1j]), r"the density of 'page' must be numbers in one dimension, \[tokens\], got complex64 \[1\]"),
-    ("", torch.rand(3), "a key is a string of 1 to 1024 bytes in UTF-8, got ''"),
-    ("é" * 513, torch.rand(3), "a key is a string of 1 to 1024 bytes in UTF-8"),
-    ("\ud800", torch.rand(3), r"a key is a string of 1 to 1024 bytes in UTF-8, got '\\ud800'$"),
-    (7, torch.rand(3), "a key is a string of 1 to 1024 bytes in UTF-8, got 7"),
-])
+@pytest.mark.parametrize(
+    "key, density, message",
+    [
+        ("page", torch.tensor([0.1, math.nan]), "the density of 'page' holds NaN or infinity"),
+        ("page", torch.tensor([0.1, math.inf]), "the density of 'page' holds NaN or infinity"),
+        ("page", np.array([1e300]), "the density of 'page' holds NaN or infinity"),
+        (
+            "page",
+            torch.rand(2, 3),
+            r"the density of 'page' must be numbers in one dimension, \[tokens\], got float32 \[2, 3\]",
+        ),
+        ("page", np.array(["a"]), "the density of 'page' must be numbers in one dimension"),
+        (
+            "page",
+            torch.tensor([1j]),
+            r"the density of 'page' must be numbers in one dimension, \[tokens\], got complex64 \[1\]",
+        ),
+        ("", torch.rand(3), "a key is a string of 1 to 1024 bytes in UTF-8, got ''"),
+        ("é" * 513, torch.rand(3), "a key is a string of 1 to 1024 bytes in UTF-8"),
+        ("\ud800", torch.rand(3), r"a key is a string of 1 to 1024 bytes in UTF-8, got '\\ud800'$"),
+        (7, torch.rand(3), "a key is a string of 1 to 1024 bytes in UTF-8, got 7"),
+    ],
+)
 def test_what_can_not_be_kept_is_refused(tmp_path, key, density, message):
     with DensityCacheWriter(tmp_path / "cache") as writer:
         writer.add("good", torch.rand(3))
@@ -610,8 +636,21 @@ def test_the_key_covers_all_that_shows():
     turned.getexif()[0x0112] = 6
     clear = image.quantize(4)
     clear.info["transparency"] = 2
-    different = [[], [image], [image, image], [shaped], [image.convert("L")], *([p] for p in palette), [turned], [clear], [shaped, image], [image, shaped]]
-    keys = [density_key(images, IDENTITY) for images in different] + [density_key([image], IDENTITY | {"reduce": "max"})]
+    different = [
+        [],
+        [image],
+        [image, image],
+        [shaped],
+        [image.convert("L")],
+        *([p] for p in palette),
+        [turned],
+        [clear],
+        [shaped, image],
+        [image, shaped],
+    ]
+    keys = [density_key(images, IDENTITY) for images in different] + [
+        density_key([image], IDENTITY | {"reduce": "max"})
+    ]
     assert len(set(keys)) == len(keys)
     assert density_key([image.copy()], dict(reversed(IDENTITY.items()))) == keys[1]
 
@@ -644,9 +683,20 @@ def test_processes_build_one_file(tmp_path):
     assert str(error.value) == "page 13 can't be read, in sample page-13"
     first = DensityCache(path, IDENTITY)
     assert len(first) >= 4
-    cache = build(path, Pages(), ramp, IDENTITY, indices=[i for i in range(60) if i != 13], processes=2, batch_size=4, progress=False)
+    cache = build(
+        path,
+        Pages(),
+        ramp,
+        IDENTITY,
+        indices=[i for i in range(60) if i != 13],
+        processes=2,
+        batch_size=4,
+        progress=False,
+    )
     made_by = {float(cache[density_key(Page(i).images, IDENTITY)][1]) for i in range(60) if i != 13}
-    assert len(cache) == 59 and float(os.getpid()) not in made_by and len(made_by) >= 3  # what the first two made was not made again
+    assert (
+        len(cache) == 59 and float(os.getpid()) not in made_by and len(made_by) >= 3
+    )  # what the first two made was not made again
     assert all(cache[key].equal(first[key]) for key in first)
     assert all(cache[density_key(Page(i).images, IDENTITY)][0] == i for i in range(60) if i != 13)
     before = path.read_bytes()
@@ -655,15 +705,28 @@ def test_processes_build_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("error, message", [(KeyError("image"), "KeyError: 'image', in sample 6"), (OSError("no such page"), "no such page, in sample 6")])
+@pytest.mark.parametrize(
+    "error, message",
+    [(KeyError("image"), "KeyError: 'image', in sample 6"), (OSError("no such page"), "no such page, in sample 6")],
+)
 def test_a_sample_that_can_not_be_read_is_named(tmp_path, workers, error, message):
     class Missing(Pages):
         def __getitem__(self, i):
-            if i == 6: raise error
+            if i == 6:
+                raise error
             return Page(i)
 
     with pytest.raises(ValueError, match=f"^{message}$"):
-        build(tmp_path / "cache", Missing(), ramp, IDENTITY, indices=range(12), processes=workers, batch_size=4, progress=False)
+        build(
+            tmp_path / "cache",
+            Missing(),
+            ramp,
+            IDENTITY,
+            indices=range(12),
+            processes=workers,
+            batch_size=4,
+            progress=False,
+        )
     assert len(DensityCache(tmp_path / "cache")) == 4
 
 
@@ -681,7 +744,16 @@ def test_an_image_that_can_not_be_decoded_is_named(tmp_path, monkeypatch, worker
             return page
 
     with pytest.raises(ValueError, match="^can't decode image 0: image file is truncated.*, in sample page-6$"):
-        build(tmp_path / "cache", Truncated(), ramp, IDENTITY, indices=range(12), processes=workers, batch_size=4, progress=False)
+        build(
+            tmp_path / "cache",
+            Truncated(),
+            ramp,
+            IDENTITY,
+            indices=range(12),
+            processes=workers,
+            batch_size=4,
+            progress=False,
+        )
     assert len(DensityCache(tmp_path / "cache")) == 4
 
 
@@ -716,7 +788,10 @@ def test_a_reader_that_a_writer_crosses_looks_again(dozen, monkeypatch):
 def test_parts_become_one(tmp_path, dozen):
     path, content = dozen
     names = list(content)
-    parts = [write(tmp_path / name, {key: content[key] for key in keys}) for name, keys in (("a", names[:7]), ("b", names[5:]))]
+    parts = [
+        write(tmp_path / name, {key: content[key] for key in keys})
+        for name, keys in (("a", names[:7]), ("b", names[5:]))
+    ]
     assert merge(tmp_path / "merged", parts).path.read_bytes() == path.read_bytes()
     write(tmp_path / "c", {}, IDENTITY | {"tower": "other"})
     with pytest.raises(ValueError, match=f"^{tmp_path / 'c'} was made with tower 'other'"):
@@ -744,7 +819,9 @@ def toy(tmp_path_factory):
     teacher, processor = load_teacher(Path(__file__).parent.parent / "outputs/teachers/toy-qwen3vl")
     collated = partial(collate, processor=processor)
     path = tmp_path_factory.mktemp("toy") / "cache"
-    cache = trainer.build_density_cache(path, teacher, FewPages(), collated, processor, SETTINGS, batch_size=3, progress=False)
+    cache = trainer.build_density_cache(
+        path, teacher, FewPages(), collated, processor, SETTINGS, batch_size=3, progress=False
+    )
     return SimpleNamespace(teacher=teacher, processor=processor, collate=collated, path=path, cache=cache)
 
 
@@ -753,14 +830,26 @@ SETTINGS = TrainSettings(token_budget=1500, lr=3e-4, batch_size=4, stages=(0.2, 
 
 def distilled(toy, out, condition="C4", settings=SETTINGS, teacher=None, data=FewPages()):
     teacher = teacher or toy.teacher
-    trainer.distill(to_hybrid(teacher), teacher, data, toy.collate, CONDITIONS[condition], settings, out, processor=toy.processor, progress=False)
+    trainer.distill(
+        to_hybrid(teacher),
+        teacher,
+        data,
+        toy.collate,
+        CONDITIONS[condition],
+        settings,
+        out,
+        processor=toy.processor,
+        progress=False,
+    )
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def test_cached_density_is_the_towers_within_half_a_step(toy):
     documents = [FewPages()[i] for i in range(8)]
     batch = toy.collate(documents)
-    inputs = family_of(toy.teacher).language_inputs(toy.teacher, {k: v for k, v in batch.items() if k not in ("labels", "keys")})
+    inputs = family_of(toy.teacher).language_inputs(
+        toy.teacher, {k: v for k, v in batch.items() if k not in ("labels", "keys")}
+    )
     exact = family_of(toy.teacher).density(inputs)
     keys = trainer.with_cache_keys(toy.collate, toy.cache.identity, documents)["cache_keys"]
     kept = trainer.cached_values(toy.cache, keys, batch["keys"], None, inputs.visual_mask)
@@ -782,8 +871,16 @@ def test_training_from_the_cache_is_nearly_the_same(toy, tmp_path, condition, bu
 
 
 def test_the_last_stage_needs_no_cache(toy, tmp_path):
-    few = trainer.build_density_cache(tmp_path / "few", toy.teacher, FewPages(), toy.collate, toy.processor, SETTINGS, progress=False,
-                                      indices=trainer.batch_indices(8, 4, 0, 0))
+    few = trainer.build_density_cache(
+        tmp_path / "few",
+        toy.teacher,
+        FewPages(),
+        toy.collate,
+        toy.processor,
+        SETTINGS,
+        progress=False,
+        indices=trainer.batch_indices(8, 4, 0, 0),
+    )
     settings = replace(SETTINGS, token_budget=2000, stages=(0.0, 0.01, 0.99), density_cache=str(few.path))
     assert [line["stage"] for line in distilled(toy, tmp_path / "run", settings=settings)][:3] == [2, 3, 3]
     with pytest.raises(ValueError) as error:
@@ -798,9 +895,11 @@ def test_a_cache_that_is_not_the_teachers_is_refused_before_any_step(toy, tmp_pa
     other = copy.deepcopy(toy.teacher)
     with torch.no_grad():
         next(p for n, p in other.named_parameters() if "visual" in n)[0] += 1e-3
-    for changed, message in ((dict(teacher=other), f"^{toy.path} was made with tower '"),
-                             (dict(settings=replace(settings, reduce="max")), f"^{toy.path} was made with reduce 'mean', not 'max'"),
-                             (dict(settings=replace(settings, density_cache=str(tmp_path / "none"))), "^no density cache at ")):
+    for changed, message in (
+        (dict(teacher=other), f"^{toy.path} was made with tower '"),
+        (dict(settings=replace(settings, reduce="max")), f"^{toy.path} was made with reduce 'mean', not 'max'"),
+        (dict(settings=replace(settings, density_cache=str(tmp_path / "none"))), "^no density cache at "),
+    ):
         with pytest.raises(ValueError, match=message):
             distilled(toy, tmp_path / "run", **dict(settings=settings) | changed)
         assert not (tmp_path / "run").exists()
@@ -809,7 +908,9 @@ def test_a_cache_that_is_not_the_teachers_is_refused_before_any_step(toy, tmp_pa
     with pytest.raises(ValueError, match="was made with processor.size '{.*262144.*}', not '{.*4096.*}'"):
         DensityCache(toy.path, trainer.density_identity(toy.teacher, processor, SETTINGS))
     with pytest.raises(ValueError, match="to check it, distill needs the teacher's processor"):
-        trainer.distill(to_hybrid(toy.teacher), toy.teacher, FewPages(), toy.collate, CONDITIONS["C4"], settings, tmp_path / "run")
+        trainer.distill(
+            to_hybrid(toy.teacher), toy.teacher, FewPages(), toy.collate, CONDITIONS["C4"], settings, tmp_path / "run"
+        )
     short = replace(SETTINGS, token_budget=1, density_cache=str(tmp_path / "none"))
     assert distilled(toy, tmp_path / "uniform", "C3", short)  # it weighs nothing by density
     for name in ("density_cache", "gradient_cache"):
@@ -819,11 +920,17 @@ def test_a_cache_that_is_not_the_teachers_is_refused_before_any_step(toy, tmp_pa
 
 def test_the_identity_is_the_students_too_and_not_its_mixers(toy):
     identity = trainer.density_identity(toy.teacher, toy.processor, SETTINGS)
-    assert identity == toy.cache.identity == trainer.density_identity(to_hybrid(toy.teacher, seed=3), toy.processor, replace(SETTINGS, seed=3, tau=1.0))
+    assert (
+        identity
+        == toy.cache.identity
+        == trainer.density_identity(to_hybrid(toy.teacher, seed=3), toy.processor, replace(SETTINGS, seed=3, tau=1.0))
+    )
 
 
 def identities(teacher, processor):
-    return trainer.density_identity(teacher, processor, SETTINGS), trainer.gradient_identity(teacher, processor, CONDITIONS["C5"], LAYERS)
+    return trainer.density_identity(teacher, processor, SETTINGS), trainer.gradient_identity(
+        teacher, processor, CONDITIONS["C5"], LAYERS
+    )
 
 
 def identities_there(folder):
@@ -855,22 +962,36 @@ def test_an_identity_is_the_teachers_in_its_pair_too(family):
     assert identities(teacher, processor) == found
 
 
-@pytest.mark.parametrize("part, name, value", [("vision_config", "num_heads", 2), ("vision_config", "hidden_act", "silu"),
-                                               ("vision_config", "rope_parameters", {"rope_theta": 100.0, "rope_type": "axial"}),
-                                               ("text_config", "rope_parameters", dict(rope_type="default", rope_theta=100.0, mrope_section=[6, 5, 5], mrope_interleaved=True)),
-                                               ("text_config", "rms_norm_eps", 0.1)])
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("vision_config", "num_heads", 2),
+        ("vision_config", "hidden_act", "silu"),
+        ("vision_config", "rope_parameters", {"rope_theta": 100.0, "rope_type": "axial"}),
+        (
+            "text_config",
+            "rope_parameters",
+            dict(rope_type="default", rope_theta=100.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
+        ),
+        ("text_config", "rms_norm_eps", 0.1),
+    ],
+)
 def test_the_same_weights_under_another_config_are_another_teacher(toy, gradients, part, name, value):
     config = copy.deepcopy(toy.teacher.config)
     setattr(getattr(config, part), name, value)
     other = type(toy.teacher)(config).eval()
     other.load_state_dict(toy.teacher.state_dict())
     density, gradient = identities(other, toy.processor)
-    with pytest.raises(ValueError, match=rf"^{gradients('C5').path} was made with {part}\.{name} .*, not .*; choose another path"):
+    with pytest.raises(
+        ValueError, match=rf"^{gradients('C5').path} was made with {part}\.{name} .*, not .*; choose another path"
+    ):
         DensityCache(gradients("C5").path, gradient)
     if part == "text_config":
         assert density == toy.cache.identity
     else:
-        with pytest.raises(ValueError, match=rf"^{toy.path} was made with {part}\.{name} .*, not .*; choose another path"):
+        with pytest.raises(
+            ValueError, match=rf"^{toy.path} was made with {part}\.{name} .*, not .*; choose another path"
+        ):
             DensityCache(toy.path, density)
 
 
@@ -893,8 +1014,17 @@ def gradients(toy, tmp_path_factory):
 
     def make(condition):
         if condition not in made:
-            made[condition] = trainer.build_gradient_cache(folder / condition, toy.teacher, FewPages(), toy.collate, toy.processor, CONDITIONS[condition], LAYERS,
-                                                           batch_size=3, progress=False)
+            made[condition] = trainer.build_gradient_cache(
+                folder / condition,
+                toy.teacher,
+                FewPages(),
+                toy.collate,
+                toy.processor,
+                CONDITIONS[condition],
+                LAYERS,
+                batch_size=3,
+                progress=False,
+            )
         return made[condition]
 
     return make
@@ -908,7 +1038,11 @@ def sensitivities(toy, documents, condition):
         batch = toy.collate([document])
         with record_outputs(family_of(toy.teacher).layers(toy.teacher)[i] for i in LAYERS) as outputs:
             loss = toy.teacher(**{k: v for k, v in batch.items() if k != "keys"}).loss
-        found.append(trainer.variant_of(condition.weights, torch.stack([g.square().sum(-1) for g in torch.autograd.grad(loss, outputs)]))[..., 0, :])
+        found.append(
+            trainer.variant_of(
+                condition.weights, torch.stack([g.square().sum(-1) for g in torch.autograd.grad(loss, outputs)])
+            )[..., 0, :]
+        )
     return found
 
 
@@ -919,7 +1053,9 @@ def test_cached_gradient_weights_are_the_teachers_within_half_a_level(toy, gradi
     batch = trainer.with_cache_keys(toy.collate, cache.identity, documents)
     mask, settings = batch["attention_mask"], replace(SETTINGS, temper=temper)
     cached = partial(trainer.cached_values, cache, batch["cache_keys"], batch["keys"], 3 if name == "+LD" else None)
-    weights = trainer.alignment_weights(condition, settings, None, LanguageInputs({}, mask > 2, []), mask, batch["keys"], cached)
+    weights = trainer.alignment_weights(
+        condition, settings, None, LanguageInputs({}, mask > 2, []), mask, batch["keys"], cached
+    )
     assert weights[..., mask == 0].abs().sum() == 0 and torch.allclose(weights.sum(-1), mask.sum(-1).float())
     for i, s in enumerate(sensitivities(toy, documents, condition)):
         kept, there = weights[..., i, :][..., mask[i] > 0], (s / s.amax(-1, keepdim=True)).pow(1 / 6)
@@ -930,7 +1066,9 @@ def test_cached_gradient_weights_are_the_teachers_within_half_a_level(toy, gradi
 
 
 @pytest.mark.parametrize("name", ["C5", "+LD"])
-def test_training_from_a_gradient_cache_is_nearly_the_same_and_takes_no_backward_pass_of_the_teacher(toy, gradients, tmp_path, monkeypatch, name):
+def test_training_from_a_gradient_cache_is_nearly_the_same_and_takes_no_backward_pass_of_the_teacher(
+    toy, gradients, tmp_path, monkeypatch, name
+):
     settings = replace(SETTINGS, token_budget=1500, temper=0.5)
     computed = distilled(toy, tmp_path / "computed", name, settings)
     uniform = distilled(toy, tmp_path / "uniform", "C3", replace(settings, token_budget=1))
@@ -959,15 +1097,32 @@ def test_a_run_from_a_gradient_cache_resumes_with_the_same_bits(toy, gradients, 
         distilled(toy, tmp_path / "run", "C5", settings, data=Interrupted())
     assert len(trainer.checkpoints(tmp_path / "run")) == 1
     distilled(toy, tmp_path / "run", "C5", settings)
-    assert (tmp_path / "run/student/model.safetensors").read_bytes() == (tmp_path / "whole/student/model.safetensors").read_bytes()
+    assert (tmp_path / "run/student/model.safetensors").read_bytes() == (
+        tmp_path / "whole/student/model.safetensors"
+    ).read_bytes()
 
 
 def test_an_interrupted_gradient_cache_is_completed(toy, gradients, tmp_path, monkeypatch):
-    build = partial(trainer.build_gradient_cache, tmp_path / "cache", toy.teacher, FewPages(), toy.collate, toy.processor, CONDITIONS["C5"], LAYERS, batch_size=3, progress=False)
+    build = partial(
+        trainer.build_gradient_cache,
+        tmp_path / "cache",
+        toy.teacher,
+        FewPages(),
+        toy.collate,
+        toy.processor,
+        CONDITIONS["C5"],
+        LAYERS,
+        batch_size=3,
+        progress=False,
+    )
     whole = gradients("C5").path.read_bytes()
     build(indices=range(6))
     computed = []
-    monkeypatch.setattr(trainer, "sample_sensitivities", lambda *given, of=trainer.sample_sensitivities: computed.extend(s.key for s in given[-1]) or of(*given))
+    monkeypatch.setattr(
+        trainer,
+        "sample_sensitivities",
+        lambda *given, of=trainer.sample_sensitivities: computed.extend(s.key for s in given[-1]) or of(*given),
+    )
     assert build().path.read_bytes() == whole and computed == [FewPages()[i].key for i in (6, 7)]
 
 
@@ -977,30 +1132,58 @@ def test_a_gradient_cache_of_anything_else_is_refused_before_any_step(toy, gradi
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1e-3
     hybrid = to_hybrid(toy.teacher, attention_layers=[0])
-    for message, condition, given in ((f"^{path} was made with content 'gradient', not 'layer_gradient'", "+LD", {}),
-                                      (f"^{path} was made with teacher '", "C5", dict(teacher=other)),
-                                      (f"^{path} was made with layers '.0, 1, 2.', not '.1, 2, 3.'", "C5", dict(student=hybrid)),
-                                      (f"^{toy.path} was made with content 'density', not 'gradient'", "C5", dict(gradient_cache=toy.path)),
-                                      (f"^{path} was made with content 'gradient', not 'density'", "C4", dict(density_cache=path)),
-                                      ("^gradient_cache is .*; to check it, distill needs the teacher's processor", "C5", dict(processor=None)),
-                                      ("^no density cache at ", "C5", dict(gradient_cache=tmp_path / "none"))):
+    for message, condition, given in (
+        (f"^{path} was made with content 'gradient', not 'layer_gradient'", "+LD", {}),
+        (f"^{path} was made with teacher '", "C5", dict(teacher=other)),
+        (f"^{path} was made with layers '.0, 1, 2.', not '.1, 2, 3.'", "C5", dict(student=hybrid)),
+        (f"^{toy.path} was made with content 'density', not 'gradient'", "C5", dict(gradient_cache=toy.path)),
+        (f"^{path} was made with content 'gradient', not 'density'", "C4", dict(density_cache=path)),
+        ("^gradient_cache is .*; to check it, distill needs the teacher's processor", "C5", dict(processor=None)),
+        ("^no density cache at ", "C5", dict(gradient_cache=tmp_path / "none")),
+    ):
         teacher = given.get("teacher", toy.teacher)
-        settings = replace(SETTINGS, **{name: str(given.get(name, path)) for name in ("gradient_cache", "density_cache")})
+        settings = replace(
+            SETTINGS, **{name: str(given.get(name, path)) for name in ("gradient_cache", "density_cache")}
+        )
         with pytest.raises(ValueError, match=message):
-            trainer.distill(given.get("student") or to_hybrid(teacher), teacher, FewPages(), toy.collate, CONDITIONS[condition], settings, tmp_path / "run",
-                            processor=given.get("processor", toy.processor), progress=False)
+            trainer.distill(
+                given.get("student") or to_hybrid(teacher),
+                teacher,
+                FewPages(),
+                toy.collate,
+                CONDITIONS[condition],
+                settings,
+                tmp_path / "run",
+                processor=given.get("processor", toy.processor),
+                progress=False,
+            )
         assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="condition 'C4' has the weights 'density'; a gradient cache is for gradient weights"):
-        trainer.build_gradient_cache(tmp_path / "run", toy.teacher, FewPages(), toy.collate, toy.processor, CONDITIONS["C4"], LAYERS)
+    with pytest.raises(
+        ValueError, match="condition 'C4' has the weights 'density'; a gradient cache is for gradient weights"
+    ):
+        trainer.build_gradient_cache(
+            tmp_path / "run", toy.teacher, FewPages(), toy.collate, toy.processor, CONDITIONS["C4"], LAYERS
+        )
 
 
 def test_another_question_or_answer_is_another_record(toy, gradients, tmp_path):
     document = FewPages()[0]
     (question, answer), *rest = document.turns
-    changed = [replace(document, turns=turns) for turns in ([(question, answer + " 1"), *rest], [("So: " + question, answer), *rest], rest)]
-    keys = trainer.with_cache_keys(toy.collate, gradients("C5").identity, [document, *changed, replace(document, key="renamed")])["cache_keys"]
-    assert len(set(keys)) == 4 and keys[0] == keys[4] and [key in gradients("C5") for key in keys] == [True, False, False, False, True]
-    masked = lambda samples: (batch := toy.collate(samples)) | {"labels": batch["labels"].clamp(max=-100)}  # the same text, asked for no answer
+    changed = [
+        replace(document, turns=turns)
+        for turns in ([(question, answer + " 1"), *rest], [("So: " + question, answer), *rest], rest)
+    ]
+    keys = trainer.with_cache_keys(
+        toy.collate, gradients("C5").identity, [document, *changed, replace(document, key="renamed")]
+    )["cache_keys"]
+    assert (
+        len(set(keys)) == 4
+        and keys[0] == keys[4]
+        and [key in gradients("C5") for key in keys] == [True, False, False, False, True]
+    )
+    masked = lambda samples: (
+        (batch := toy.collate(samples)) | {"labels": batch["labels"].clamp(max=-100)}
+    )  # the same text, asked for no answer
     assert trainer.with_cache_keys(masked, gradients("C5").identity, [document])["cache_keys"][0] not in gradients("C5")
 
     class Changed(FewPages):
@@ -1008,5 +1191,7 @@ def test_another_question_or_answer_is_another_record(toy, gradients, tmp_path):
             return changed[0]
 
     settings = replace(SETTINGS, gradient_cache=str(gradients("C5").path))
-    with pytest.raises(ValueError, match=f"^sample '{document.key}' is not in the cache: .* has no record .* among its 8, at step 1"):
+    with pytest.raises(
+        ValueError, match=f"^sample '{document.key}' is not in the cache: .* has no record .* among its 8, at step 1"
+    ):
         distilled(toy, tmp_path / "run", "C5", settings, data=Changed())

@@ -1,4 +1,5 @@
 "The diagnosis against whole models run by hand, rows fitted by other libraries, and what can't be diagnosed."
+
 import json
 import subprocess
 import sys
@@ -15,12 +16,31 @@ from torch.testing import assert_close
 
 from heed_nb.batch import run_notebook
 from heed_nb.data import Sample, collate
-from heed_nb.drift import (COLUMNS, answer_importance, answer_score, attention_concentration, decile_groups, decile_means,
-                            density_deciles, hide, one_by_one, token_measures, token_table)
+from heed_nb.drift import (
+    COLUMNS,
+    answer_importance,
+    answer_score,
+    attention_concentration,
+    decile_groups,
+    decile_means,
+    density_deciles,
+    hide,
+    one_by_one,
+    token_measures,
+    token_table,
+)
 from heed_nb.hybrid import to_hybrid
 from heed_nb.losses import predicts_answer, record_outputs
-from heed_nb.regression import (CORRELATIONS, ImageMoments, bootstrap_counts, correlation_summary, decile_curve, diagnose, interval,
-                                 regress)
+from heed_nb.regression import (
+    CORRELATIONS,
+    ImageMoments,
+    bootstrap_counts,
+    correlation_summary,
+    decile_curve,
+    diagnose,
+    interval,
+    regress,
+)
 from heed_nb.results import read_run
 from heed_nb.teachers import family_of
 
@@ -36,7 +56,12 @@ def models(family="qwen3_vl"):
 
 
 def documents(n, seed=0):
-    return [Sample(f"page-{i}", [tiny.page(48, 64, seed + i)], [("read it", f"{i} and {7 * i}"), ("again?", "no")][: 1 + i % 2]) for i in range(n)]
+    return [
+        Sample(
+            f"page-{i}", [tiny.page(48, 64, seed + i)], [("read it", f"{i} and {7 * i}"), ("again?", "no")][: 1 + i % 2]
+        )
+        for i in range(n)
+    ]
 
 
 @cache
@@ -47,10 +72,12 @@ def measured(family="qwen3_vl"):
     return batch, token_measures(teacher, student, batch)
 
 
-def model_inputs(batch): return {name: value for name, value in batch.items() if name not in ("labels", "keys")}
+def model_inputs(batch):
+    return {name: value for name, value in batch.items() if name not in ("labels", "keys")}
 
 
 # Tokens
+
 
 @families
 @torch.no_grad()
@@ -58,20 +85,28 @@ def test_measures_are_those_of_the_whole_models(family):
     (teacher, student, processor), (batch, measures) = models(family), measured(family)
     residuals = {}
     for name, model in (("teacher", teacher), ("student", student)):
-        handles = [layer.register_forward_hook(lambda m, a, out, key=(name, i): residuals.__setitem__(key, out)) for i, layer in enumerate(family_of(model).layers(model))]
+        handles = [
+            layer.register_forward_hook(lambda m, a, out, key=(name, i): residuals.__setitem__(key, out))
+            for i, layer in enumerate(family_of(model).layers(model))
+        ]
         model(**model_inputs(batch))
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
     density = family_of(teacher).density(family_of(teacher).language_inputs(teacher, batch))
     for i, tokens in enumerate(measures):
         there = batch["attention_mask"][i].bool()
         visual = (batch["input_ids"][i] == processor.image_token_id)[there]
         assert tokens.visual.tolist() == visual.tolist()
         assert_close(torch.tensor(tokens.density)[visual], density[i, there][visual])
-        assert_close(torch.tensor(tokens.density)[~visual], (2 * density[i, there][visual].mean()).expand(int((~visual).sum())))
+        assert_close(
+            torch.tensor(tokens.density)[~visual], (2 * density[i, there][visual].mean()).expand(int((~visual).sum()))
+        )
         for layer in range(4):
             t, s = residuals["teacher", layer][i, there], residuals["student", layer][i, there]
             assert_close(torch.tensor(tokens.drift[layer]), (s - t).square().sum(-1).sqrt(), rtol=1e-4, atol=1e-4)
-            assert_close(torch.tensor(tokens.relative[layer]), (s - t).norm(dim=-1) / t.norm(dim=-1), rtol=1e-4, atol=1e-4)
+            assert_close(
+                torch.tensor(tokens.relative[layer]), (s - t).norm(dim=-1) / t.norm(dim=-1), rtol=1e-4, atol=1e-4
+            )
 
 
 @families
@@ -86,9 +121,21 @@ def test_attention_is_what_the_model_returns(family):
         asking = [p for p in range(n - 1) if batch["labels"][i, p + 1] != -100]
         for layer, weights in enumerate(attentions):
             A = weights[i, :, :n, :n].double()
-            assert_close(torch.tensor(tokens.attention[layer]).double(), A[:, asking].mean((0, 1)), rtol=1e-4, atol=1e-5)
-            own = [1 + sum((a * a.clamp(min=1e-30).log()).sum() for a in A[:, p, : p + 1]) / len(A) / np.log(p + 1) if p else torch.tensor(0.0) for p in range(n)]
-            assert_close(torch.tensor(tokens.concentration[layer]).double(), torch.stack([torch.as_tensor(c).double() for c in own]), rtol=1e-3, atol=1e-4)
+            assert_close(
+                torch.tensor(tokens.attention[layer]).double(), A[:, asking].mean((0, 1)), rtol=1e-4, atol=1e-5
+            )
+            own = [
+                1 + sum((a * a.clamp(min=1e-30).log()).sum() for a in A[:, p, : p + 1]) / len(A) / np.log(p + 1)
+                if p
+                else torch.tensor(0.0)
+                for p in range(n)
+            ]
+            assert_close(
+                torch.tensor(tokens.concentration[layer]).double(),
+                torch.stack([torch.as_tensor(c).double() for c in own]),
+                rtol=1e-3,
+                atol=1e-4,
+            )
 
 
 def test_concentration_of_uniform_and_of_one_position():
@@ -96,13 +143,15 @@ def test_concentration_of_uniform_and_of_one_position():
         assert abs(attention_concentration(torch.full((n,), 1 / n, dtype=torch.float64))) < 1e-12
         assert attention_concentration(torch.eye(n)).tolist() == [1] * n
     over = torch.cat([torch.full((8,), 1 / 8), torch.zeros(56)])
-    assert_close(attention_concentration(over), torch.tensor(0.5))      # log 8 is half of log 64
+    assert_close(attention_concentration(over), torch.tensor(0.5))  # log 8 is half of log 64
     assert_close(attention_concentration(over[torch.randperm(64)]), torch.tensor(0.5))
 
 
 def test_a_student_may_be_of_another_precision_or_no_hybrid():
     (teacher, _, _), (batch, measures) = models(), measured()
-    assert all((tokens.drift[0] > 0).all() for tokens in token_measures(teacher, tiny.teacher("qwen3_vl", seed=1), batch))
+    assert all(
+        (tokens.drift[0] > 0).all() for tokens in token_measures(teacher, tiny.teacher("qwen3_vl", seed=1), batch)
+    )
     half, full = token_measures(teacher, to_hybrid(teacher).bfloat16(), batch)[0].drift, measures[0].drift
     assert half.dtype == np.float32 and 0 < np.abs(half - full).max() < 0.2 * full.max()
 
@@ -110,13 +159,20 @@ def test_a_student_may_be_of_another_precision_or_no_hybrid():
 def test_token_table_holds_every_position_and_layer():
     measures = measured()[1]
     table = token_table(measures, layers=[2, 0])
-    assert tuple(table.columns[3:]) == (*COLUMNS, "sensitivity") and len(table) == sum(2 * len(tokens.density) for tokens in measures)
+    assert tuple(table.columns[3:]) == (*COLUMNS, "sensitivity") and len(table) == sum(
+        2 * len(tokens.density) for tokens in measures
+    )
     row = table[(table.image == 1) & (table.depth == 2) & (table.position == 5)].iloc[0]
-    assert (row.drift, row.attention, row.density) == (measures[1].drift[2, 5], measures[1].attention[2, 5], measures[1].density[5])
+    assert (row.drift, row.attention, row.density) == (
+        measures[1].drift[2, 5],
+        measures[1].attention[2, 5],
+        measures[1].density[5],
+    )
     assert row.sensitivity == measures[1].sensitivity[2, 5] > 0
 
 
 # Rank correlations with the gradients
+
 
 @families
 def test_sensitivity_is_the_gradient_of_the_models_own_loss(family):
@@ -134,31 +190,49 @@ def test_rank_correlations_are_scipys():
     numbers, table = diagnose(teacher, student, processor, documents(9), layers=[0, 1, 2], table_images=9, draws=100)
     found = {name: [] for name in CORRELATIONS}
     for _, image in table.groupby("image"):
-        s, seen = image.pivot(index="depth", columns="position", values="sensitivity"), image[image.depth == 0].set_index("position")
+        s, seen = (
+            image.pivot(index="depth", columns="position", values="sensitivity"),
+            image[image.depth == 0].set_index("position"),
+        )
         visual = seen.index[seen.visual.astype(bool)]
         pairs = [(0, 1), (0, 2), (1, 2)]
         found["layers"].append([spearmanr(s.loc[a, visual], s.loc[b, visual]).statistic for a, b in pairs])
         found["layers, text included"].append([spearmanr(s.loc[a], s.loc[b]).statistic for a, b in pairs])
         dense = seen.density[visual].sort_values(ascending=False, kind="stable").index[: round(len(visual) / 4)]
         whole, top = (spearmanr(seen.density[where], s[where].sum()).statistic for where in (visual, dense))
-        found["density"].append([whole]); found["density, top quarter"].append([top]); found["top quarter minus all"].append([top - whole])
+        found["density"].append([whole])
+        found["density, top quarter"].append([top])
+        found["top quarter minus all"].append([top - whole])
     for name, rows in found.items():
         rows, summary = np.array(rows), numbers["correlations"][name]
         resampled = [np.repeat(rows, k, axis=0).mean() for k in bootstrap_counts(9, 100)]
         assert summary["images"] == 9
-        np.testing.assert_allclose([summary[key] for key in ("value", "low", "high")], [rows.mean(), *interval(np.array(resampled))], atol=1e-6)
-        np.testing.assert_allclose([summary["least"], summary["most"]], [rows.mean(0).min(), rows.mean(0).max()], atol=1e-6)
+        np.testing.assert_allclose(
+            [summary[key] for key in ("value", "low", "high")], [rows.mean(), *interval(np.array(resampled))], atol=1e-6
+        )
+        np.testing.assert_allclose(
+            [summary["least"], summary["most"]], [rows.mean(0).min(), rows.mean(0).max()], atol=1e-6
+        )
         np.testing.assert_allclose([summary["p5"], summary["p95"]], np.percentile(rows.mean(1), [5, 95]), atol=1e-6)
 
 
 def test_correlations_without_an_order_are_left_out():
     nan, counts = np.nan, np.array([[1, 1, 1], [3, 0, 0], [0, 0, 3]])
     summary = correlation_summary(np.array([[0.2, nan, 0.6], [nan, nan, nan], [0.4, nan, nan]]), counts)
-    assert summary["images"] == 2 and summary["value"] == pytest.approx((0.3 + 0.6) / 2) and (summary["least"], summary["most"]) == pytest.approx((0.3, 0.6))
-    assert correlation_summary(np.full((3, 2), nan), counts) == correlation_summary(np.zeros((3, 0)), counts) == dict.fromkeys(summary) | dict(images=0)
+    assert (
+        summary["images"] == 2
+        and summary["value"] == pytest.approx((0.3 + 0.6) / 2)
+        and (summary["least"], summary["most"]) == pytest.approx((0.3, 0.6))
+    )
+    assert (
+        correlation_summary(np.full((3, 2), nan), counts)
+        == correlation_summary(np.zeros((3, 0)), counts)
+        == dict.fromkeys(summary) | dict(images=0)
+    )
 
 
 # Importance
+
 
 @families
 @torch.no_grad()
@@ -172,12 +246,21 @@ def test_hidden_positions_might_as_well_not_be_there(family):
     for i in range(3):
         keep = ~where[i] & batch["attention_mask"][i].bool()
         given, visual = inputs.kwargs, keep[inputs.visual_mask[i]]
-        kwargs = dict(inputs_embeds=given["inputs_embeds"][i:i + 1, keep], use_cache=False)
-        kwargs["position_ids"] = given["position_ids"][..., i:i + 1, keep] if "position_ids" in given else torch.arange(len(keep))[None, keep]
+        kwargs = dict(inputs_embeds=given["inputs_embeds"][i : i + 1, keep], use_cache=False)
+        kwargs["position_ids"] = (
+            given["position_ids"][..., i : i + 1, keep]
+            if "position_ids" in given
+            else torch.arange(len(keep))[None, keep]
+        )
         kwargs["attention_mask"] = torch.ones(1, int(keep.sum()), dtype=torch.long)
         if "visual_pos_masks" in given:
             per_sample = inputs.visual_mask.sum(1).tolist()
-            kwargs |= dict(visual_pos_masks=inputs.visual_mask[i:i + 1, keep], deepstack_visual_embeds=[level.split(per_sample)[i][visual] for level in given["deepstack_visual_embeds"]])
+            kwargs |= dict(
+                visual_pos_masks=inputs.visual_mask[i : i + 1, keep],
+                deepstack_visual_embeds=[
+                    level.split(per_sample)[i][visual] for level in given["deepstack_visual_embeds"]
+                ],
+            )
         log_p = head(decoder(**kwargs).last_hidden_state)[0].log_softmax(-1)
         answers = labels[i, keep]
         score = torch.stack([log_p[p - 1, token] for p, token in enumerate(answers.tolist()) if token != -100]).mean()
@@ -204,7 +287,10 @@ def test_importance_of_what_the_answer_can_not_see():
 
 def test_groups_take_each_visual_position_once():
     teacher, student, processor = models()
-    batch = collate([Sample("wide", [tiny.page(96, 64)], [("a", "b")]), Sample("tall", [tiny.page(48, 64)], [("a", "b")])], processor)
+    batch = collate(
+        [Sample("wide", [tiny.page(96, 64)], [("a", "b")]), Sample("tall", [tiny.page(48, 64)], [("a", "b")])],
+        processor,
+    )
     visual = batch["input_ids"] == processor.image_token_id
     for groups in (decile_groups(token_measures(teacher, student, batch))(visual), list(one_by_one(visual))):
         assert torch.equal(sum(group.int() for group in groups), visual.int())
@@ -212,6 +298,7 @@ def test_groups_take_each_visual_position_once():
 
 
 # Deciles
+
 
 def test_deciles_are_equal_groups_in_order_of_density():
     r = np.random.default_rng(0)
@@ -236,26 +323,44 @@ def test_curve_is_the_mean_over_images_with_the_slow_bootstraps_interval():
     resampled = np.array([np.repeat(images, k, axis=0).mean(0) for k in counts])
     np.testing.assert_allclose(curve["mean"], images.mean(0))
     np.testing.assert_allclose([curve["low"], curve["high"]], interval(resampled))
-    np.testing.assert_allclose([curve["ratio"][k] for k in ("low", "high")], interval(resampled[:, 9] / resampled[:, 0]))
-    np.testing.assert_allclose([curve["difference"][k] for k in ("low", "high")], interval(resampled[:, 9] - resampled[:, 0]))
+    np.testing.assert_allclose(
+        [curve["ratio"][k] for k in ("low", "high")], interval(resampled[:, 9] / resampled[:, 0])
+    )
+    np.testing.assert_allclose(
+        [curve["difference"][k] for k in ("low", "high")], interval(resampled[:, 9] - resampled[:, 0])
+    )
     assert decile_curve(images - images[:, :1].mean(), counts)["ratio"] == dict(value=None, low=None, high=None)
-    with pytest.raises(ValueError, match="NaN or infinity"): decile_curve(np.full((15, 10), np.nan), counts)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        decile_curve(np.full((15, 10), np.nan), counts)
 
 
 # Regression
+
 
 def made_images(images=9, rows=60, seed=0):
     r = np.random.default_rng(seed)
     for _ in range(images):
         n = rows + int(r.integers(30))
-        density, visual, depth, attention = r.gamma(2, 0.3, n), (r.random(n) < 0.7) * 1.0, r.integers(0, 6, n) * 1.0, r.exponential(1, n)
+        density, visual, depth, attention = (
+            r.gamma(2, 0.3, n),
+            (r.random(n) < 0.7) * 1.0,
+            r.integers(0, 6, n) * 1.0,
+            r.exponential(1, n),
+        )
         attention += 0.8 * density  # predictors that share variance
-        yield dict(density=density, visual=visual, depth=depth, attention=attention, drift=5 + density - 0.4 * visual + 0.1 * depth + 0.2 * r.standard_normal(n))
+        yield dict(
+            density=density,
+            visual=visual,
+            depth=depth,
+            attention=attention,
+            drift=5 + density - 0.4 * visual + 0.1 * depth + 0.2 * r.standard_normal(n),
+        )
 
 
 def moments_of(images):
     moments = ImageMoments((*PREDICTORS, "drift"))
-    for image in images: moments.add(image)
+    for image in images:
+        moments.add(image)
     return moments
 
 
@@ -272,10 +377,18 @@ def test_regression_and_bootstrap_are_those_of_the_rows():
     fitted = regress(moments_of(images), "drift", PREDICTORS, draws=60, seed=5)
     resamples = [images, *([images[i] for i in np.repeat(np.arange(9), k)] for k in bootstrap_counts(9, 60, seed=5))]
     r2 = np.array([explained(resample, PREDICTORS) for resample in resamples])
-    unique = r2[:, None] - np.array([[explained(resample, [p for p in PREDICTORS if p != name]) for name in PREDICTORS] for resample in resamples])
-    for stated, values in ((fitted["r2"], r2), *((fitted["predictors"][name]["semi_partial"], unique[:, j]) for j, name in enumerate(PREDICTORS))):
-        np.testing.assert_allclose([stated["value"], stated["low"], stated["high"]], [values[0], *interval(values[1:])], rtol=1e-9, atol=1e-12)
-    for j, name in enumerate(PREDICTORS): assert fitted["predictors"][name]["largest"] == np.mean(unique[1:].argmax(1) == j)
+    unique = r2[:, None] - np.array(
+        [[explained(resample, [p for p in PREDICTORS if p != name]) for name in PREDICTORS] for resample in resamples]
+    )
+    for stated, values in (
+        (fitted["r2"], r2),
+        *((fitted["predictors"][name]["semi_partial"], unique[:, j]) for j, name in enumerate(PREDICTORS)),
+    ):
+        np.testing.assert_allclose(
+            [stated["value"], stated["low"], stated["high"]], [values[0], *interval(values[1:])], rtol=1e-9, atol=1e-12
+        )
+    for j, name in enumerate(PREDICTORS):
+        assert fitted["predictors"][name]["largest"] == np.mean(unique[1:].argmax(1) == j)
     assert (fitted["images"], fitted["rows"]) == (9, sum(len(image["drift"]) for image in images))
 
 
@@ -283,41 +396,78 @@ def test_regression_is_statsmodels():
     images = list(made_images())
     table = {name: np.concatenate([image[name] for image in images]) for name in images[0]}
     z = {name: (column - column.mean()) / column.std() for name, column in table.items()}
-    def ols(names): return sm.OLS(z["drift"], sm.add_constant(np.stack([z[name] for name in names], 1))).fit()
+
+    def ols(names):
+        return sm.OLS(z["drift"], sm.add_constant(np.stack([z[name] for name in names], 1))).fit()
+
     whole, fitted = ols(PREDICTORS), regress(moments_of(images), "drift", PREDICTORS)
-    np.testing.assert_allclose([fitted["predictors"][name]["coefficient"]["value"] for name in PREDICTORS], whole.params[1:], rtol=1e-9)
-    np.testing.assert_allclose([fitted["predictors"][name]["semi_partial"]["value"] for name in PREDICTORS],
-                               [whole.rsquared - ols([p for p in PREDICTORS if p != name]).rsquared for name in PREDICTORS], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        [fitted["predictors"][name]["coefficient"]["value"] for name in PREDICTORS], whole.params[1:], rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        [fitted["predictors"][name]["semi_partial"]["value"] for name in PREDICTORS],
+        [whole.rsquared - ols([p for p in PREDICTORS if p != name]).rsquared for name in PREDICTORS],
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 def test_regression_depends_on_no_unit_origin_or_order():
     images = list(made_images())
     moved = [image | dict(density=1e4 + 0.1 * image["density"], drift=-1e3 - 20 * image["drift"]) for image in images]
-    first, second = (regress(moments_of(i), "drift", names, seed=1)["predictors"] for i, names in ((images, PREDICTORS), (moved, PREDICTORS[::-1])))
+    first, second = (
+        regress(moments_of(i), "drift", names, seed=1)["predictors"]
+        for i, names in ((images, PREDICTORS), (moved, PREDICTORS[::-1]))
+    )
     for name in PREDICTORS:
-        np.testing.assert_allclose(list(second[name]["semi_partial"].values()), list(first[name]["semi_partial"].values()), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            list(second[name]["semi_partial"].values()),
+            list(first[name]["semi_partial"].values()),
+            rtol=1e-6,
+            atol=1e-9,
+        )
 
 
 def test_interval_narrows_with_images_and_covers():
-    truth = regress(moments_of(made_images(400, seed=100)), "drift", PREDICTORS)["predictors"]["density"]["semi_partial"]
-    few = [regress(moments_of(made_images(20, seed=s)), "drift", PREDICTORS)["predictors"]["density"]["semi_partial"] for s in range(40)]
+    truth = regress(moments_of(made_images(400, seed=100)), "drift", PREDICTORS)["predictors"]["density"][
+        "semi_partial"
+    ]
+    few = [
+        regress(moments_of(made_images(20, seed=s)), "drift", PREDICTORS)["predictors"]["density"]["semi_partial"]
+        for s in range(40)
+    ]
     assert truth["high"] - truth["low"] < 0.4 * np.mean([f["high"] - f["low"] for f in few])
-    assert sum(f["low"] <= truth["value"] <= f["high"] for f in few) >= 32  # 95 % of 40 is 38; percentile intervals of 20 images fall short of it
+    assert (
+        sum(f["low"] <= truth["value"] <= f["high"] for f in few) >= 32
+    )  # 95 % of 40 is 38; percentile intervals of 20 images fall short of it
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(depth=lambda image: 0 * image["depth"] + 3), "depth is the same in every row"),
-    (dict(attention=lambda image: 3 - 2 * image["density"]), "density, attention are collinear; leave one out"),
-    (dict(drift=lambda image: 0 * image["drift"]), "drift is the same in every row"),
-    (dict(density=lambda image: image["density"] * np.nan), "image 0 has NaN or infinity in density"),
-    (dict(attention=lambda image: np.full_like(image["depth"], np.inf)), "image 0 has NaN or infinity in attention")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(depth=lambda image: 0 * image["depth"] + 3), "depth is the same in every row"),
+        (dict(attention=lambda image: 3 - 2 * image["density"]), "density, attention are collinear; leave one out"),
+        (dict(drift=lambda image: 0 * image["drift"]), "drift is the same in every row"),
+        (dict(density=lambda image: image["density"] * np.nan), "image 0 has NaN or infinity in density"),
+        (
+            dict(attention=lambda image: np.full_like(image["depth"], np.inf)),
+            "image 0 has NaN or infinity in attention",
+        ),
+    ],
+)
 def test_columns_that_can_not_be_fitted_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        regress(moments_of(image | {name: f(image) for name, f in change.items()} for image in made_images()), "drift", PREDICTORS)
+        regress(
+            moments_of(image | {name: f(image) for name, f in change.items()} for image in made_images()),
+            "drift",
+            PREDICTORS,
+        )
 
 
 def test_a_resample_without_variation_is_an_error():
-    images = [image | dict(visual=0 * image["visual"] + (i == 0)) for i, image in enumerate(made_images())]  # one image alone has visual tokens
+    images = [
+        image | dict(visual=0 * image["visual"] + (i == 0)) for i, image in enumerate(made_images())
+    ]  # one image alone has visual tokens
     with pytest.raises(ValueError, match="visual is the same in every row of a resample"):
         regress(moments_of(images), "drift", PREDICTORS)
 
@@ -325,67 +475,118 @@ def test_a_resample_without_variation_is_an_error():
 @pytest.mark.parametrize("draws, needed", [(1000, 7), (10, 3), (10_000, 9)])
 def test_fewer_images_than_the_bootstrap_needs(draws, needed):
     assert bootstrap_counts(needed, draws).sum(1).tolist() == [needed] * draws
-    with pytest.raises(ValueError, match=f"{needed - 1} images are too few for a bootstrap of {draws} draws; it takes {needed} or more"):
+    with pytest.raises(
+        ValueError, match=f"{needed - 1} images are too few for a bootstrap of {draws} draws; it takes {needed} or more"
+    ):
         bootstrap_counts(needed - 1, draws)
 
 
 # All of it
 
+
 def test_diagnosis_agrees_with_its_own_table():
     teacher, student, processor = models()
-    small = [Sample("small", [tiny.page(32, 32)], [("read", "it")])]        # four visual tokens make no deciles
+    small = [Sample("small", [tiny.page(32, 32)], [("read", "it")])]  # four visual tokens make no deciles
     text = [Sample("text", [], [("read", "it")])]
-    numbers, table = diagnose(teacher, student, processor, [*documents(4), *text, *small, *documents(4, seed=9)], batch_size=3, table_images=99, one_by_one_images=7, ablate=1)
-    assert numbers["images"] == 8 and numbers["left_out"] == dict(text_only=1, nothing_to_rank=1) and numbers["layers"] == [0, 1, 2]
+    numbers, table = diagnose(
+        teacher,
+        student,
+        processor,
+        [*documents(4), *text, *small, *documents(4, seed=9)],
+        batch_size=3,
+        table_images=99,
+        one_by_one_images=7,
+        ablate=1,
+    )
+    assert (
+        numbers["images"] == 8
+        and numbers["left_out"] == dict(text_only=1, nothing_to_rank=1)
+        and numbers["layers"] == [0, 1, 2]
+    )
     images = [image for _, image in table.groupby("image")]
     names = list(PREDICTORS)
     fitted = numbers["regressions"]["drift"]
     assert fitted["rows"] == len(table)
     images = [{name: image[name].to_numpy(dtype=float) for name in (*names, "drift")} for image in images]
     assert abs(fitted["r2"]["value"] - explained(images, names)) < 1e-9
-    for name in names: assert abs(fitted["predictors"][name]["semi_partial"]["value"] - explained(images, names) + explained(images, [n for n in names if n != name])) < 1e-9
+    for name in names:
+        assert (
+            abs(
+                fitted["predictors"][name]["semi_partial"]["value"]
+                - explained(images, names)
+                + explained(images, [n for n in names if n != name])
+            )
+            < 1e-9
+        )
     by_hand = []
     for _, image in table[table.visual == 1].groupby("image"):
         token = image.groupby("position")[["density", "drift"]].mean()
-        by_hand.append(decile_means(token.drift.to_numpy(), density_deciles(token.density.to_numpy(), np.ones(len(token), dtype=bool))))
+        by_hand.append(
+            decile_means(
+                token.drift.to_numpy(), density_deciles(token.density.to_numpy(), np.ones(len(token), dtype=bool))
+            )
+        )
     np.testing.assert_allclose(numbers["deciles"]["drift"]["mean"], np.mean(by_hand, 0), rtol=1e-5)
-    for name in ("importance", "ablation", "importance, one by one", "relative drift", "drift, text included"): assert len(numbers["deciles"][name]["mean"]) == 10
+    for name in ("importance", "ablation", "importance, one by one", "relative drift", "drift, text included"):
+        assert len(numbers["deciles"][name]["mean"]) == 10
 
 
 def test_decile_importance_does_not_depend_on_the_batch():
     teacher, student, processor = models()
-    first, second = (diagnose(teacher, student, processor, documents(7), batch_size=size)[0]["deciles"]["importance"]["mean"] for size in (1, 4))
+    first, second = (
+        diagnose(teacher, student, processor, documents(7), batch_size=size)[0]["deciles"]["importance"]["mean"]
+        for size in (1, 4)
+    )
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-@pytest.mark.parametrize("student, message", [
-    (lambda t: tiny.teacher("qwen3_vl", layers=8), "the student's num_hidden_layers is 8, the teacher's 4; they must be the same"),
-    (lambda t: tiny.teacher("glm4v"), "the student is a glm4v, the teacher a qwen3_vl; they must be of one family")])
+@pytest.mark.parametrize(
+    "student, message",
+    [
+        (
+            lambda t: tiny.teacher("qwen3_vl", layers=8),
+            "the student's num_hidden_layers is 8, the teacher's 4; they must be the same",
+        ),
+        (lambda t: tiny.teacher("glm4v"), "the student is a glm4v, the teacher a qwen3_vl; they must be of one family"),
+    ],
+)
 def test_models_that_can_not_be_compared(student, message):
     teacher, _, processor = models()
-    with pytest.raises(ValueError, match=message): diagnose(teacher, student(teacher), processor, documents(7))
+    with pytest.raises(ValueError, match=message):
+        diagnose(teacher, student(teacher), processor, documents(7))
 
 
 def test_what_can_not_be_diagnosed_is_named():
     teacher, student, processor = models()
-    with pytest.raises(ValueError, match="the teacher has no attention in layers"): diagnose(student, teacher, processor, documents(7))
-    with pytest.raises(ValueError, match="6 images are too few"): diagnose(teacher, student, processor, documents(6))
-    with pytest.raises(ValueError, match="6 images are too few"): diagnose(teacher, student, processor, [*documents(6), Sample("text", [], [("a", "b")])])
-    with pytest.raises(ValueError, match=r"layers is \[9\]; one or more from 0 to 3"): diagnose(teacher, student, processor, documents(7), layers=[9])
-    with pytest.raises(ValueError, match="sample 'text' has no visual tokens"): token_measures(teacher, student, collate([*documents(1), Sample("text", [], [("a", "b")])], processor))
+    with pytest.raises(ValueError, match="the teacher has no attention in layers"):
+        diagnose(student, teacher, processor, documents(7))
+    with pytest.raises(ValueError, match="6 images are too few"):
+        diagnose(teacher, student, processor, documents(6))
+    with pytest.raises(ValueError, match="6 images are too few"):
+        diagnose(teacher, student, processor, [*documents(6), Sample("text", [], [("a", "b")])])
+    with pytest.raises(ValueError, match=r"layers is \[9\]; one or more from 0 to 3"):
+        diagnose(teacher, student, processor, documents(7), layers=[9])
+    with pytest.raises(ValueError, match="sample 'text' has no visual tokens"):
+        token_measures(teacher, student, collate([*documents(1), Sample("text", [], [("a", "b")])], processor))
     with pytest.raises(ValueError, match="sample 'page-0' has no answer tokens"):
         batch = collate(documents(1), processor)
         token_measures(teacher, student, batch | dict(labels=torch.full_like(batch["labels"], -100)))
     broken = to_hybrid(teacher)
-    with torch.no_grad(): next(p for name, p in broken.named_parameters() if "layers.1.mlp" in name).fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaN or infinity"): diagnose(teacher, broken, processor, documents(7))
+    with torch.no_grad():
+        next(p for name, p in broken.named_parameters() if "layers.1.mlp" in name).fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        diagnose(teacher, broken, processor, documents(7))
 
 
-@pytest.mark.parametrize("given", [dict(images=12), dict(teacher="outputs/teachers/toy-glm4v"), dict(ablate=-1), dict(dtype="bfloat16")])
+@pytest.mark.parametrize(
+    "given", [dict(images=12), dict(teacher="outputs/teachers/toy-glm4v"), dict(ablate=-1), dict(dtype="bfloat16")]
+)
 def test_another_diagnosis_than_the_scales_takes_a_folder_of_its_own(given, root, monkeypatch):
     monkeypatch.chdir(root)
-    (name, value), = given.items()
-    with pytest.raises(ValueError, match=rf"^{name} {value!r} makes another diagnosis than scale toy's: give its folder as `out`$"):
+    ((name, value),) = given.items()
+    with pytest.raises(
+        ValueError, match=rf"^{name} {value!r} makes another diagnosis than scale toy's: give its folder as `out`$"
+    ):
         run_notebook("nbs/runs/diagnose.ipynb", dict(scale="toy") | given)
 
 
@@ -393,18 +594,42 @@ def test_another_diagnosis_than_the_scales_takes_a_folder_of_its_own(given, root
 def test_run_of_two_models_on_disk(root, tmp_path):
     teacher, student, processor = models()
     for name, model in (("teacher", teacher), ("student", student)):
-        for part in (model, processor): part.save_pretrained(tmp_path / name)
+        for part in (model, processor):
+            part.save_pretrained(tmp_path / name)
     lines = []
     for i, sample in enumerate(documents(7)):
         sample.images[0].save(tmp_path / f"{i}.png")
         lines.append(json.dumps(dict(key=sample.key, images=[f"{i}.png"], turns=sample.turns)))
     (tmp_path / "samples.jsonl").write_text("\n".join(lines))
-    given = dict(teacher=tmp_path / "teacher", student=tmp_path / "student", samples=tmp_path / "samples.jsonl", out=tmp_path / "run", images=7, one_by_one_images=0)
-    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "nbs/runs/diagnose.ipynb", str(tmp_path / "out.ipynb"),
-                           *(word for name, value in given.items() for word in ("-p", name, str(value)))], cwd=root, capture_output=True, text=True)
+    given = dict(
+        teacher=tmp_path / "teacher",
+        student=tmp_path / "student",
+        samples=tmp_path / "samples.jsonl",
+        out=tmp_path / "run",
+        images=7,
+        one_by_one_images=0,
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            "-k",
+            "python3",
+            "nbs/runs/diagnose.ipynb",
+            str(tmp_path / "out.ipynb"),
+            *(word for name, value in given.items() for word in ("-p", name, str(value))),
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     run, table = read_run(tmp_path / "run" / "diagnose.json"), pd.read_parquet(tmp_path / "run" / "tokens.parquet")
     numbers, expected = diagnose(teacher, student, processor, documents(7), batch_size=10, ablate=1, table_images=7)
     assert run["kind"] == "diagnose" and run["numbers"]["images"] == 7
-    np.testing.assert_allclose(table[list(COLUMNS)].to_numpy(dtype=float), expected[list(COLUMNS)].to_numpy(dtype=float), rtol=1e-3, atol=1e-3)
-    for name, curve in numbers["deciles"].items(): np.testing.assert_allclose(run["numbers"]["deciles"][name]["mean"], curve["mean"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        table[list(COLUMNS)].to_numpy(dtype=float), expected[list(COLUMNS)].to_numpy(dtype=float), rtol=1e-3, atol=1e-3
+    )
+    for name, curve in numbers["deciles"].items():
+        np.testing.assert_allclose(run["numbers"]["deciles"][name]["mean"], curve["mean"], rtol=1e-3, atol=1e-3)

@@ -1,4 +1,5 @@
 "lmms-eval in process: metrics against its own, oracles with known scores, both suites, crashes and bad input."
+
 import ast
 import json
 import os
@@ -30,7 +31,8 @@ def models(tmp_path_factory):
     torch.manual_seed(0)
     teacher = Qwen3VLForConditionalGeneration(toyworld.teacher_config(processor.tokenizer)).eval()
     for parameter in teacher.parameters():
-        if parameter.ndim > 1: torch.nn.init.normal_(parameter, std=0.1)
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
     torch.random.set_rng_state(state)
     for name, model in dict(teacher=teacher, student=to_hybrid(teacher)).items():
         model.save_pretrained(folder / name)
@@ -45,10 +47,13 @@ def oracle(monkeypatch):
 
     def put(answer):
         class Oracle(lmms_model.HeedVLM):
-            def __init__(self, *args): lmms_model.lmms.__init__(self)
+            def __init__(self, *args):
+                lmms_model.lmms.__init__(self)
 
             def generate_until(self, requests):
-                return [answer(task, self.task_dict[task][split][i], i) for *_, i, task, split in (r.args for r in requests)]
+                return [
+                    answer(task, self.task_dict[task][split][i], i) for *_, i, task, split in (r.args for r in requests)
+                ]
 
         monkeypatch.setattr(lmms_model, "HeedVLM", Oracle)
 
@@ -60,14 +65,17 @@ def say(oracle, answers):
     oracle(lambda task, row, i: answers[i % len(answers)])
 
 
-def lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # Greedy answers
 
 
-CHATS = [[{"role": "user", "content": [{"type": "image", "image": q.image}, {"type": "text", "text": q.question}]}]
-         for q in toyworld.benchmark("docvqa", 2, 0)]
+CHATS = [
+    [{"role": "user", "content": [{"type": "image", "image": q.image}, {"type": "text", "text": q.question}]}]
+    for q in toyworld.benchmark("docvqa", 2, 0)
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,37 +86,101 @@ def loaded(models):
 @pytest.fixture(scope="module")
 def likeliest(loaded):
     "A function: the answers to CHATS, one argmax at a time, each alone and without a cache."
+
     @cache
     def answers(name, ends):
         (model, processor), said = loaded(name), []
         for chat in CHATS:
-            batch = dict(processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"))
+            batch = dict(
+                processor.apply_chat_template(
+                    chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+            )
             prompt = batch["input_ids"].shape[1]
-            while batch["input_ids"].shape[1] < prompt + 6 and not (batch["input_ids"].shape[1] > prompt and batch["input_ids"][0, -1] in ends):
-                with torch.no_grad(): batch["input_ids"] = torch.cat([batch["input_ids"], model(**batch).logits[:, -1:].argmax(-1)], 1)
-                for key, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)): batch[key] = torch.nn.functional.pad(batch[key], (0, 1), value=fill)
+            while batch["input_ids"].shape[1] < prompt + 6 and not (
+                batch["input_ids"].shape[1] > prompt and batch["input_ids"][0, -1] in ends
+            ):
+                with torch.no_grad():
+                    batch["input_ids"] = torch.cat([batch["input_ids"], model(**batch).logits[:, -1:].argmax(-1)], 1)
+                for key, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+                    batch[key] = torch.nn.functional.pad(batch[key], (0, 1), value=fill)
             said.append(processor.tokenizer.decode(batch["input_ids"][0, prompt:], skip_special_tokens=True))
         return said
 
     return answers
 
 
-@pytest.mark.parametrize("name, settings", [
-    *[("student", {key: value}) for key, value in dict(
-        repetition_penalty=1.5, encoder_repetition_penalty=0.5, no_repeat_ngram_size=1, bad_words_ids=[[i] for i in range(20, 90)],
-        suppress_tokens=list(range(20, 90)), begin_suppress_tokens=list(range(20, 90)), sequence_bias=[[[40], 50.0]], forced_bos_token_id=40,
-        forced_eos_token_id=40, exponential_decay_length_penalty=[1, 1.5], min_new_tokens=8, min_length=400, max_new_tokens=2, max_length=3,
-        num_beams=3, max_time=1e-6, stop_strings=["a", "e"], remove_invalid_values=True, renormalize_logits=True,
-        use_cache=False, cache_implementation="offloaded", return_dict_in_generate=True, output_scores=True, token_healing=True,
-        low_memory=True, penalty_alpha=0.6, dola_layers="high", guidance_scale=3.0, prefill_chunk_size=4).items()],
-    ("student", dict(do_sample=True, temperature=5.0, top_k=40, top_p=0.9, min_p=0.1, typical_p=0.9, epsilon_cutoff=0.1, eta_cutoff=0.1, top_h=0.5)),
-    ("student", dict(watermarking_config={"bias": 9.0, "greenlist_ratio": 0.25})),
-    ("student", dict(num_beams=4, num_return_sequences=2, num_beam_groups=2, diversity_penalty=1.0, early_stopping=True, length_penalty=2.0)),
-    ("teacher", dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=2)),
-    *[(name, {"eos_token_id": [40, 41]}) for name in ("teacher", "student")],
-], ids=lambda value: value if isinstance(value, str) else "+".join(value)[:40])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        *[
+            ("student", {key: value})
+            for key, value in dict(
+                repetition_penalty=1.5,
+                encoder_repetition_penalty=0.5,
+                no_repeat_ngram_size=1,
+                bad_words_ids=[[i] for i in range(20, 90)],
+                suppress_tokens=list(range(20, 90)),
+                begin_suppress_tokens=list(range(20, 90)),
+                sequence_bias=[[[40], 50.0]],
+                forced_bos_token_id=40,
+                forced_eos_token_id=40,
+                exponential_decay_length_penalty=[1, 1.5],
+                min_new_tokens=8,
+                min_length=400,
+                max_new_tokens=2,
+                max_length=3,
+                num_beams=3,
+                max_time=1e-6,
+                stop_strings=["a", "e"],
+                remove_invalid_values=True,
+                renormalize_logits=True,
+                use_cache=False,
+                cache_implementation="offloaded",
+                return_dict_in_generate=True,
+                output_scores=True,
+                token_healing=True,
+                low_memory=True,
+                penalty_alpha=0.6,
+                dola_layers="high",
+                guidance_scale=3.0,
+                prefill_chunk_size=4,
+            ).items()
+        ],
+        (
+            "student",
+            dict(
+                do_sample=True,
+                temperature=5.0,
+                top_k=40,
+                top_p=0.9,
+                min_p=0.1,
+                typical_p=0.9,
+                epsilon_cutoff=0.1,
+                eta_cutoff=0.1,
+                top_h=0.5,
+            ),
+        ),
+        ("student", dict(watermarking_config={"bias": 9.0, "greenlist_ratio": 0.25})),
+        (
+            "student",
+            dict(
+                num_beams=4,
+                num_return_sequences=2,
+                num_beam_groups=2,
+                diversity_penalty=1.0,
+                early_stopping=True,
+                length_penalty=2.0,
+            ),
+        ),
+        ("teacher", dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=2)),
+        *[(name, {"eos_token_id": [40, 41]}) for name in ("teacher", "student")],
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value)[:40],
+)
 def test_only_its_end_tokens_of_a_generation_config_count(monkeypatch, loaded, likeliest, name, settings):
     from heed_nb import lmms_model
+
     model, processor = loaded(name)
     given = GenerationConfig.from_dict(model.generation_config.to_dict() | settings)
     monkeypatch.setattr(model, "generation_config", given)
@@ -119,10 +191,14 @@ def test_only_its_end_tokens_of_a_generation_config_count(monkeypatch, loaded, l
 
 def test_a_generation_config_of_a_folder_changes_no_score(models, tmp_path):
     import shutil
+
     folder = shutil.copytree(models / "student", tmp_path / "student")
     path = folder / "generation_config.json"
     numbers = []
-    for settings in ({}, {"repetition_penalty": 1.8, "do_sample": True, "temperature": 9.0, "suppress_tokens": [40, 41]}):
+    for settings in (
+        {},
+        {"repetition_penalty": 1.8, "do_sample": True, "temperature": 9.0, "suppress_tokens": [40, 41]},
+    ):
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
         evaluate(folder, benchmarks=["docvqa"], questions=2, out=tmp_path)
         numbers.append(lines(tmp_path / "answers.jsonl"))
@@ -134,6 +210,7 @@ def test_a_generation_config_of_a_folder_changes_no_score(models, tmp_path):
 
 def test_anls_is_the_harness_own():
     from lmms_eval.api.metrics import anls as theirs
+
     r = random.Random(0)
     for _ in range(300):
         word = "".join(r.choices("abcd", k=r.randint(1, 8)))
@@ -143,6 +220,7 @@ def test_anls_is_the_harness_own():
 
 def test_relaxed_accuracy_is_the_harness_own():
     from lmms_eval.tasks.chartqa.utils import relaxed_correctness
+
     r = random.Random(0)
     for _ in range(300):
         answer = r.choice(["red", "12%", str(r.randint(0, 40)), str(r.randint(-400, 400) / 10)])
@@ -159,8 +237,16 @@ def test_an_oracle_scores_100_and_half_an_oracle_50(models, oracle, tmp_path):
     assert numbers["scores"] == dict.fromkeys(BENCHMARKS, 100) and numbers["n"] == dict.fromkeys(BENCHMARKS, 4)
     asked = [q for key in BENCHMARKS for q in toyworld.benchmark(key, 4, 3)]
     assert lines(tmp_path / "answers.jsonl") == [
-        {"key": q.key, "benchmark": q.key.rsplit("-", 1)[0], "question": q.question, "answers": [q.answer],
-         "response": q.answer, "score": 1.0} for q in asked]
+        {
+            "key": q.key,
+            "benchmark": q.key.rsplit("-", 1)[0],
+            "question": q.question,
+            "answers": [q.answer],
+            "response": q.answer,
+            "score": 1.0,
+        }
+        for q in asked
+    ]
     oracle(lambda task, row, i: row["answers"][0] if i % 2 else "?")
     assert evaluate(models / "teacher", questions=4)["scores"] == dict.fromkeys(BENCHMARKS, 50)
 
@@ -179,12 +265,35 @@ def test_the_batch_size_changes_no_answer(models, tmp_path, name):
 def test_the_command_line_gives_the_same_scores(models, monkeypatch, tmp_path):
     from lmms_eval import __main__ as command
     from lmms_eval.cli.dispatch import main
+
     keys = ["docvqa", "textvqa"]
-    monkeypatch.setattr(command, "TaskManager", partial(command.TaskManager, include_defaults=False))  # reading all 2000 stock tasks takes long
-    monkeypatch.setattr(sys, "argv", [
-        "lmms_eval", "--model", "heed_vlm", "--model_args", f"pretrained={models / 'student'},dtype=float32", "--device", "cpu",
-        "--tasks", ",".join(f"toy_{key}" for key in keys), "--include_path", str(task_files("toy", keys)[0].parent),
-        "--batch_size", "4", "--limit", "4", "--output_path", str(tmp_path / "out"), "--log_samples"])
+    monkeypatch.setattr(
+        command, "TaskManager", partial(command.TaskManager, include_defaults=False)
+    )  # reading all 2000 stock tasks takes long
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "lmms_eval",
+            "--model",
+            "heed_vlm",
+            "--model_args",
+            f"pretrained={models / 'student'},dtype=float32",
+            "--device",
+            "cpu",
+            "--tasks",
+            ",".join(f"toy_{key}" for key in keys),
+            "--include_path",
+            str(task_files("toy", keys)[0].parent),
+            "--batch_size",
+            "4",
+            "--limit",
+            "4",
+            "--output_path",
+            str(tmp_path / "out"),
+            "--log_samples",
+        ],
+    )
     try:
         main()
     except SystemExit as exit:
@@ -195,7 +304,9 @@ def test_the_command_line_gives_the_same_scores(models, monkeypatch, tmp_path):
     for key in keys:
         assert 100 * reported[f"toy_{key}"][f"{BENCHMARKS[key].metric},none"] == pytest.approx(numbers["scores"][key])
     said = {s["doc_id"]: s["filtered_resps"] for s in lines(next(tmp_path.glob("out/*/*_samples_toy_docvqa.jsonl")))}
-    assert [said[i].strip() for i in range(4)] == [line["response"].strip() for line in lines(tmp_path / "answers.jsonl")[:4]]
+    assert [said[i].strip() for i in range(4)] == [
+        line["response"].strip() for line in lines(tmp_path / "answers.jsonl")[:4]
+    ]
 
 
 # The paper's suite, on small copies of the datasets
@@ -204,14 +315,18 @@ def test_the_command_line_gives_the_same_scores(models, monkeypatch, tmp_path):
 def mirror(folder, name, config, split, rows):
     "A dataset's copy as a hub download leaves it."
     from datasets import Dataset, Features, Image as ImageFeature, Value
+
     page = Image.new("RGB", (32, 32), "white")
     kinds = {str: Value("string"), int: Value("int64"), list: [Value("string")]}
     features = Features({k: kinds[type(v)] for k, v in rows[0].items()} | {"image": ImageFeature()})
-    if config.startswith("standard"): features = Features({**{k: v for k, v in features.items() if k != "image"}, "image_1": ImageFeature()})
+    if config.startswith("standard"):
+        features = Features({**{k: v for k, v in features.items() if k != "image"}, "image_1": ImageFeature()})
     media = "image_1" if config.startswith("standard") else "image"
     data = folder / name / config.split()[0]
     data.mkdir(parents=True)
-    Dataset.from_list([row | {media: page} for row in rows], features=features).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    Dataset.from_list([row | {media: page} for row in rows], features=features).to_parquet(
+        data / f"{split}-00000-of-00001.parquet"
+    )
     readme = folder / name / "README.md"
     entry = f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {config.split()[0]}/{split}-*\n"
     earlier = readme.read_text().removesuffix("---\n") if readme.exists() else "---\nconfigs:\n"
@@ -222,29 +337,85 @@ def mirror(folder, name, config, split, rows):
 def copies(tmp_path, monkeypatch):
     "Three or four rows of eight of the ten benchmarks."
     import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
     from lmms_eval.api import task
+
     task._resolve_hf_datasets_cache_dir.cache_clear()
     folder = tmp_path / "mirror"
     read = [{"questionId": str(i), "question": "Which word?", "answers": ["paris"]} for i in range(3)]
     mirror(folder, "lmms-lab-encoder/DocVQA", "DocVQA", "validation", read)
     mirror(folder, "lmms-lab-encoder/DocVQA", "InfographicVQA", "validation", read)
-    mirror(folder, "lmms-lab-encoder/ChartQA", "default", "test",
-           [{"question": "How many?", "answer": "100", "type": "human_test"} for _ in range(3)])
-    mirror(folder, "lmms-lab-encoder/textvqa", "default", "validation",
-           [{"question_id": i, "question": "which word?", "answers": ["paris"] * 10} for i in range(3)])
-    mirror(folder, "lmms-lab-encoder/ai2d", "default", "test",
-           [{"question": "Which?", "options": ["one", "two"], "answer": "1"} for _ in range(3)])
+    mirror(
+        folder,
+        "lmms-lab-encoder/ChartQA",
+        "default",
+        "test",
+        [{"question": "How many?", "answer": "100", "type": "human_test"} for _ in range(3)],
+    )
+    mirror(
+        folder,
+        "lmms-lab-encoder/textvqa",
+        "default",
+        "validation",
+        [{"question_id": i, "question": "which word?", "answers": ["paris"] * 10} for i in range(3)],
+    )
+    mirror(
+        folder,
+        "lmms-lab-encoder/ai2d",
+        "default",
+        "test",
+        [{"question": "Which?", "options": ["one", "two"], "answer": "1"} for _ in range(3)],
+    )
     several = {"options": "['one', 'two', 'three']", "answer": "B", "subject": "Art"}
-    mirror(folder, "MMMU/MMMU_Pro", "standard (10 options)", "test",
-           [{"id": f"s{i}", "question": "<image 1> Which?"} | several for i in range(3)])
+    mirror(
+        folder,
+        "MMMU/MMMU_Pro",
+        "standard (10 options)",
+        "test",
+        [{"id": f"s{i}", "question": "<image 1> Which?"} | several for i in range(3)],
+    )
     mirror(folder, "MMMU/MMMU_Pro", "vision", "test", [{"id": f"v{i}"} | several for i in range(3)])
-    mirror(folder, "Lin-Chen/MMStar", "default", "val",
-           [{"index": i, "question": "Which? Options: A: one, B: two", "answer": "B", "category": "math", "l2_category": "geometry"} for i in range(3)])
-    mirror(folder, "lmms-lab-encoder/MMBench", "en", "dev",
-           [{"index": i, "question": "Which?", "hint": "nan", "A": "one", "B": "two", "C": "nan", "D": "nan", "answer": "B", "category": "ocr",
-             "L2-category": "reading", "source": "toy", "split": "dev"} for i in range(3)])
+    mirror(
+        folder,
+        "Lin-Chen/MMStar",
+        "default",
+        "val",
+        [
+            {
+                "index": i,
+                "question": "Which? Options: A: one, B: two",
+                "answer": "B",
+                "category": "math",
+                "l2_category": "geometry",
+            }
+            for i in range(3)
+        ],
+    )
+    mirror(
+        folder,
+        "lmms-lab-encoder/MMBench",
+        "en",
+        "dev",
+        [
+            {
+                "index": i,
+                "question": "Which?",
+                "hint": "nan",
+                "A": "one",
+                "B": "two",
+                "C": "nan",
+                "D": "nan",
+                "answer": "B",
+                "category": "ocr",
+                "L2-category": "reading",
+                "source": "toy",
+                "split": "dev",
+            }
+            for i in range(3)
+        ],
+    )
     yield folder
     task._resolve_hf_datasets_cache_dir.cache_clear()
 
@@ -253,18 +424,30 @@ READING, CHOOSING = ["docvqa", "chartqa", "textvqa", "infovqa"], ["ai2d", "mmmu_
 
 
 def test_the_real_tasks_score_from_0_to_100(models, oracle, copies, tmp_path):
-    right = {"heed_docvqa": ("Paris", "Parix", "Rome"), "heed_infovqa": ("paris", "parix", "Rome"), "heed_chartqa": ("100", "104", "106"),
-             "heed_textvqa": ("Paris", "paris.", "Rome")} | dict.fromkeys(
-                 ("heed_ai2d", "heed_mmmu_pro_standard", "heed_mmmu_pro_vision", "heed_mmstar", "heed_mmbench"), ("B", "B", "A"))
+    right = {
+        "heed_docvqa": ("Paris", "Parix", "Rome"),
+        "heed_infovqa": ("paris", "parix", "Rome"),
+        "heed_chartqa": ("100", "104", "106"),
+        "heed_textvqa": ("Paris", "paris.", "Rome"),
+    } | dict.fromkeys(
+        ("heed_ai2d", "heed_mmmu_pro_standard", "heed_mmmu_pro_vision", "heed_mmstar", "heed_mmbench"), ("B", "B", "A")
+    )
     oracle(lambda task, row, i: right[task][i])
-    numbers = evaluate(models / "teacher", suite="paper", benchmarks=READING + CHOOSING, questions=None, mirror=copies, out=tmp_path)
+    numbers = evaluate(
+        models / "teacher", suite="paper", benchmarks=READING + CHOOSING, questions=None, mirror=copies, out=tmp_path
+    )
     wanted = dict(docvqa=60, infovqa=60) | dict.fromkeys(["chartqa", "textvqa"] + CHOOSING, 200 / 3)
     assert numbers["scores"] == pytest.approx(wanted, abs=0.01)
     assert numbers["n"] == dict.fromkeys(wanted, 3) | {"mmmu_pro": 6}
     answers = lines(tmp_path / "answers.jsonl")
     assert len(answers) == 27 and answers[0] == {
-        "key": "heed_docvqa-000000", "benchmark": "docvqa", "question": "Which word?\nAnswer the question using a single word or phrase.",
-        "answers": ["paris"], "response": "Paris", "score": 1.0}
+        "key": "heed_docvqa-000000",
+        "benchmark": "docvqa",
+        "question": "Which word?\nAnswer the question using a single word or phrase.",
+        "answers": ["paris"],
+        "response": "Paris",
+        "score": 1.0,
+    }
 
 
 UNREADABLE = ["", " \n", "?!", "...", "I cannot tell.", "<unk>", "1e400", "()", "nan"]
@@ -278,31 +461,69 @@ def test_scores_are_a_function_of_the_answers(models, oracle, copies, answers):
         say(oracle, answers)
         random.seed(seed)
         state = random.getstate()
-        scores.append(evaluate(models / "teacher", suite="paper", benchmarks=order, questions=None, mirror=copies)["scores"])
+        scores.append(
+            evaluate(models / "teacher", suite="paper", benchmarks=order, questions=None, mirror=copies)["scores"]
+        )
         assert random.getstate() == state
     assert scores[0] == scores[1]
-    if answers is UNREADABLE: assert scores[0] == dict.fromkeys(keys, 0)
-    else: assert all(scores[0][key] for key in CHOOSING)
+    if answers is UNREADABLE:
+        assert scores[0] == dict.fromkeys(keys, 0)
+    else:
+        assert all(scores[0][key] for key in CHOOSING)
 
 
-@pytest.mark.parametrize("read, right", [("B", 1), ("(b) osaka", 1), ("Osaka", 1), ("it is osaka city", 1), ("osaki", 1), ("", 0), ("none of these", 0),
-                                         ("?", 0), ("A", 0), ("rome", 0), ("E", 0)])
+@pytest.mark.parametrize(
+    "read, right",
+    [
+        ("B", 1),
+        ("(b) osaka", 1),
+        ("Osaka", 1),
+        ("it is osaka city", 1),
+        ("osaki", 1),
+        ("", 0),
+        ("none of these", 0),
+        ("?", 0),
+        ("A", 0),
+        ("rome", 0),
+        ("E", 0),
+    ],
+)
 def test_an_option_that_mathvistas_judge_does_not_name_is_wrong(monkeypatch, read, right):
     monkeypatch.setenv("API_TYPE", "dummy")
     monkeypatch.setitem(sys.modules, "Levenshtein", types.SimpleNamespace(distance=edit_distance))
     from lmms_eval.tasks.mathvista import utils
+
     monkeypatch.setattr(utils.mathvista_evaluator, "get_chat_response", lambda *args, **kwargs: read)
-    doc = dict(question_type="multi_choice", answer_type="text", query="Which?", choices=["hong kong", "osaka"], answer="osaka", pid="1", metadata={})
+    doc = dict(
+        question_type="multi_choice",
+        answer_type="text",
+        query="Which?",
+        choices=["hong kong", "osaka"],
+        answer="osaka",
+        pid="1",
+        metadata={},
+    )
     process = module.unread_is_wrong(utils.mathvista_process_results)
     assert process(doc, ["so to say"])["llm_as_judge_eval"]["true_false"] == right
     assert not process(doc | dict(choices=["hong kong", ""], answer=""), [" "])["llm_as_judge_eval"]["true_false"]
 
 
-@pytest.mark.parametrize("value, wrong", [(0.7, 0.0), (dict(score=0.7, question_type="document parsing en"), dict(score=0.0, question_type="document parsing en")),
-                                          (dict(true_false=True), dict(true_false=False)), (dict(parsed_pred="A", id=1), dict(parsed_pred="", id=1))])
+@pytest.mark.parametrize(
+    "value, wrong",
+    [
+        (0.7, 0.0),
+        (dict(score=0.7, question_type="document parsing en"), dict(score=0.0, question_type="document parsing en")),
+        (dict(true_false=True), dict(true_false=False)),
+        (dict(parsed_pred="A", id=1), dict(parsed_pred="", id=1)),
+    ],
+)
 def test_a_scorer_that_rewards_a_blank_answer_is_overruled(value, wrong):
     process = module.unread_is_wrong(lambda doc, results: {"metric": value})
-    assert [process({}, [response]) for response in ("", " \n\t", "word")] == [{"metric": wrong}, {"metric": wrong}, {"metric": value}]
+    assert [process({}, [response]) for response in ("", " \n\t", "word")] == [
+        {"metric": wrong},
+        {"metric": wrong},
+        {"metric": value},
+    ]
 
 
 def test_a_model_answers_a_real_task(models, copies):
@@ -311,7 +532,10 @@ def test_a_model_answers_a_real_task(models, copies):
 
 
 def test_a_missing_dataset_is_named_with_how_to_get_it(models, copies):
-    with pytest.raises(ValueError, match=r"datasets are missing \(docvqa: lmms-lab-encoder/DocVQA; ai2d: lmms-lab-encoder/ai2d\); fetch each with `hf download") as error:
+    with pytest.raises(
+        ValueError,
+        match=r"datasets are missing \(docvqa: lmms-lab-encoder/DocVQA; ai2d: lmms-lab-encoder/ai2d\); fetch each with `hf download",
+    ) as error:
         evaluate(models / "teacher", suite="paper", benchmarks=["docvqa", "ai2d"])
     assert "\n" not in str(error.value)
 
@@ -319,16 +543,20 @@ def test_a_missing_dataset_is_named_with_how_to_get_it(models, copies):
 def test_no_judge_no_mathvista(models, monkeypatch):
     for settings in ({}, {"API_TYPE": "dummy", "OPENAI_API_KEY": "x"}):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        for name, value in settings.items(): monkeypatch.setenv(name, value)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="mathvista needs a judge"):
             evaluate(models / "teacher", suite="paper")
 
 
 def test_the_pins_name_every_benchmark_once_and_a_stock_metric():
     import yaml
+
     for suite in module.SUITES:
-        named = [yaml.load(path.read_text().replace("!function ", ""), yaml.SafeLoader)["metadata"]["benchmark"]
-                 for path in task_files(suite, list(BENCHMARKS))]
+        named = [
+            yaml.load(path.read_text().replace("!function ", ""), yaml.SafeLoader)["metadata"]["benchmark"]
+            for path in task_files(suite, list(BENCHMARKS))
+        ]
         assert list(dict.fromkeys(named)) == list(BENCHMARKS)
     for path in task_files("paper", READING + CHOOSING):
         config = module.real_config(path)
@@ -340,7 +568,10 @@ def test_the_pins_name_every_benchmark_once_and_a_stock_metric():
 
 
 def row(q, **changes):
-    return {"images": [q.image], "messages": [{"role": "user", "content": q.question}, {"role": "assistant", "content": q.answer}]} | changes
+    return {
+        "images": [q.image],
+        "messages": [{"role": "user", "content": q.question}, {"role": "assistant", "content": q.answer}],
+    } | changes
 
 
 @pytest.fixture(scope="module")
@@ -351,21 +582,38 @@ def rows():
 def test_rows_are_answered_as_a_benchmarks_questions_are(models, rows, tmp_path):
     "And in any order and batches, without the harness."
     evaluate(models / "student", benchmarks=["docvqa"], questions=5, out=tmp_path / "toy")
-    toy = [(line["question"], line["answers"], line["response"], line["score"]) for line in lines(tmp_path / "toy/answers.jsonl")]
+    toy = [
+        (line["question"], line["answers"], line["response"], line["score"])
+        for line in lines(tmp_path / "toy/answers.jsonl")
+    ]
     for size, order in ((64, 1), (2, -1)):
         numbers = evaluate(models / "student", rows=rows[::order], max_new_tokens=8, batch_size=size, out=tmp_path)
         answers = lines(tmp_path / "answers.jsonl")[::order]
         assert [(a["question"], a["answers"], a["response"], a["score"]) for a in answers] == toy
-        assert [a["key"] for a in answers] == ["0", "1", "2", "3", "4"][::order] and {a["benchmark"] for a in answers} == {"rows"}
-        assert numbers["n"] == {"rows": 5} and numbers["scores"]["rows"] == pytest.approx(20 * sum(score for *_, score in toy))
+        assert [a["key"] for a in answers] == ["0", "1", "2", "3", "4"][::order] and {
+            a["benchmark"] for a in answers
+        } == {"rows"}
+        assert numbers["n"] == {"rows": 5} and numbers["scores"]["rows"] == pytest.approx(
+            20 * sum(score for *_, score in toy)
+        )
 
 
 def test_rows_may_hold_text_alone_and_earlier_turns(models, rows, tmp_path):
     from heed_nb.data import Sample
+
     turns = [*rows[0]["messages"], {"role": "user", "content": "and now?"}, {"role": "assistant", "content": "5"}]
-    given = [row(toyworld.benchmark("docvqa", 1, 0)[0], messages=turns), {"messages": turns[2:], "id": "text"}, Sample("s", [], [("how?", "so")])]
-    for metric in METRICS: evaluate(models / "student", rows=given, metric=metric, max_new_tokens=3, out=tmp_path)
-    assert [(a["key"], a["question"], a["answers"]) for a in lines(tmp_path / "answers.jsonl")] == [("0", "and now?", ["5"]), ("text", "and now?", ["5"]), ("s", "how?", ["so"])]
+    given = [
+        row(toyworld.benchmark("docvqa", 1, 0)[0], messages=turns),
+        {"messages": turns[2:], "id": "text"},
+        Sample("s", [], [("how?", "so")]),
+    ]
+    for metric in METRICS:
+        evaluate(models / "student", rows=given, metric=metric, max_new_tokens=3, out=tmp_path)
+    assert [(a["key"], a["question"], a["answers"]) for a in lines(tmp_path / "answers.jsonl")] == [
+        ("0", "and now?", ["5"]),
+        ("text", "and now?", ["5"]),
+        ("s", "how?", ["so"]),
+    ]
 
 
 def test_rows_need_no_lmms_eval(models, rows, monkeypatch):
@@ -374,22 +622,42 @@ def test_rows_need_no_lmms_eval(models, rows, monkeypatch):
     assert evaluate(models / "teacher", rows=rows[:1], max_new_tokens=2)["n"] == {"rows": 1}
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (dict(rows=[]), "empty"),
-    (dict(rows=[{"text": "a"}]), "messages"),
-    (dict(rows={"messages": []}), "no data set"),
-    (dict(rows=[0, 1]), "data set"),
-    (dict(rows=[dict(messages=[])]), "sample '0': its messages end with none, not with a question and an answer"),
-    (dict(rows=[dict(id="x", messages=[{"role": "user", "content": "a?"}])]), "sample 'x': its messages end with user, not with"),
-    (dict(rows=[dict(messages=[{"role": "user", "content": "a?"}, {"role": "assistant", "content": " "}])]), "sample '0': its last answer is empty"),
-    (dict(rows=[dict(images=["none.png"], messages=[{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}])]), "none.png"),
-    (dict(rows=[], metric="bleu"), "unknown metric 'bleu'; one of anls"),
-    (dict(rows=[], benchmarks=["docvqa"]), "rows are scored alone"),
-    (dict(rows=[], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(rows=[]), "empty"),
+        (dict(rows=[{"text": "a"}]), "messages"),
+        (dict(rows={"messages": []}), "no data set"),
+        (dict(rows=[0, 1]), "data set"),
+        (dict(rows=[dict(messages=[])]), "sample '0': its messages end with none, not with a question and an answer"),
+        (
+            dict(rows=[dict(id="x", messages=[{"role": "user", "content": "a?"}])]),
+            "sample 'x': its messages end with user, not with",
+        ),
+        (
+            dict(rows=[dict(messages=[{"role": "user", "content": "a?"}, {"role": "assistant", "content": " "}])]),
+            "sample '0': its last answer is empty",
+        ),
+        (
+            dict(
+                rows=[
+                    dict(
+                        images=["none.png"],
+                        messages=[{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}],
+                    )
+                ]
+            ),
+            "none.png",
+        ),
+        (dict(rows=[], metric="bleu"), "unknown metric 'bleu'; one of anls"),
+        (dict(rows=[], benchmarks=["docvqa"]), "rows are scored alone"),
+        (dict(rows=[], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+    ],
+)
 def test_wrong_rows_are_named_before_the_model_is_loaded(models, monkeypatch, tmp_path, wrong, says):
     monkeypatch.setattr(module, "load_teacher", None)
-    with pytest.raises(ValueError) as error: evaluate(models / "teacher", out=tmp_path, **wrong)
+    with pytest.raises(ValueError) as error:
+        evaluate(models / "teacher", out=tmp_path, **wrong)
     assert says in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -398,12 +666,14 @@ def test_wrong_rows_are_named_before_the_model_is_loaded(models, monkeypatch, tm
 
 def test_a_crash_raises_and_leaves_earlier_answers(models, monkeypatch, tmp_path):
     import heed_nb.lmms_model as lmms_model
+
     (tmp_path / "answers.jsonl").write_text("earlier\n")
     calls = []
 
     def texts(self, chats, max_new_tokens):
         calls.append(len(chats))
-        if len(calls) == 2: raise RuntimeError("out of memory")
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
         return [""] * len(chats)
 
     monkeypatch.setattr(lmms_model.HeedVLM, "texts", texts)
@@ -414,26 +684,33 @@ def test_a_crash_raises_and_leaves_earlier_answers(models, monkeypatch, tmp_path
 
 
 def test_a_full_disk_leaves_earlier_answers(models, monkeypatch, tmp_path):
-    def full(descriptor): raise OSError(28, "No space left on device")
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
 
     (tmp_path / "answers.jsonl").write_text("earlier\n")
     monkeypatch.setattr(os, "fsync", full)  # a disk may say so no earlier
-    with pytest.raises(OSError, match="could not write .*answers.jsonl .No space left on device.; an earlier file is untouched"):
+    with pytest.raises(
+        OSError, match="could not write .*answers.jsonl .No space left on device.; an earlier file is untouched"
+    ):
         evaluate(models / "teacher", benchmarks=["docvqa"], questions=2, out=tmp_path)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("answers.jsonl", "earlier\n")]
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (dict(suite="tiny"), "unknown suite 'tiny'; one of toy, paper"),
-    (dict(benchmarks=["docvqa", "docvqaa"]), "unknown benchmark 'docvqaa'; some of ocrbench_v2, docvqa"),
-    (dict(benchmarks=[]), "no benchmarks given"),
-    (dict(questions=0), "questions must be at least 1, got 0"),
-    (dict(questions=None), "questions must be a number"),
-    (dict(batch_size=1.5), "batch_size must be at least 1, got 1.5"),
-    (dict(dtype="fp32"), "unknown dtype 'fp32'; one of float32, bfloat16, float16"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(suite="tiny"), "unknown suite 'tiny'; one of toy, paper"),
+        (dict(benchmarks=["docvqa", "docvqaa"]), "unknown benchmark 'docvqaa'; some of ocrbench_v2, docvqa"),
+        (dict(benchmarks=[]), "no benchmarks given"),
+        (dict(questions=0), "questions must be at least 1, got 0"),
+        (dict(questions=None), "questions must be a number"),
+        (dict(batch_size=1.5), "batch_size must be at least 1, got 1.5"),
+        (dict(dtype="fp32"), "unknown dtype 'fp32'; one of float32, bfloat16, float16"),
+    ],
+)
 def test_a_wrong_argument_is_named(models, tmp_path, wrong, says):
-    with pytest.raises(ValueError) as error: evaluate(models / "teacher", **{"out": tmp_path, **wrong})
+    with pytest.raises(ValueError) as error:
+        evaluate(models / "teacher", **{"out": tmp_path, **wrong})
     assert says in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -441,24 +718,35 @@ def test_a_broken_checkpoint_is_named(models, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
-    with pytest.raises(ValueError, match="no model at .*none: neither a folder nor a model in the local hub cache"): evaluate(tmp_path / "none")
-    with pytest.raises(ValueError, match="has no config.json"): evaluate(tmp_path)
+
+    with pytest.raises(ValueError, match="no model at .*none: neither a folder nor a model in the local hub cache"):
+        evaluate(tmp_path / "none")
+    with pytest.raises(ValueError, match="has no config.json"):
+        evaluate(tmp_path)
     broken = shutil.copytree(models / "student", tmp_path / "broken")
     weights = broken / "model.safetensors"
     tensors = load_file(models / "student" / weights.name)  # not of the file that is cut: it stays mapped
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged") as error: evaluate(broken)
+    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged") as error:
+        evaluate(broken)
     assert "\n" not in str(error.value)
     lost = sorted(tensors)[len(tensors) // 2]
     save_file({k: v for k, v in tensors.items() if k != lost}, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 tensors are missing or of another shape, first {lost}"): evaluate(broken, benchmarks=["docvqa"], questions=1)
+    with pytest.raises(ValueError, match=f"1 tensors are missing or of another shape, first {lost}"):
+        evaluate(broken, benchmarks=["docvqa"], questions=1)
     weights.unlink()
-    with pytest.raises(ValueError, match="has no model.safetensors"): evaluate(broken)
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        evaluate(broken)
 
 
 def test_evaluation_does_not_know_the_trainer(root):
     for name in ("evaluate", "lmms_model"):
         tree = ast.parse((root / "heed_nb" / f"{name}.py").read_text())
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        imported |= {f"{node.module}.{alias.name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        imported |= {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
         assert imported and not [name for name in imported if "trainer" in name]

@@ -1,4 +1,5 @@
 "The regimes in which density misleads, answers paired, failures sorted."
+
 import json
 import random
 from types import SimpleNamespace
@@ -9,28 +10,67 @@ from test_results import notebook
 
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, REASONING, REGIMES, TASKS
 from heed_nb.evaluate import evaluate, task_files
-from heed_nb.results import AVERAGES, ROWS, joint_failures, pair_answers, read_answers, run_name, score_table, scores, write_run
-from heed_nb.toyworld import BAND, COLOURS, FAILURES, PATCH, SIDE, Documents, Page, asked_text, benchmark, failure, glyph, render
+from heed_nb.results import (
+    AVERAGES,
+    ROWS,
+    joint_failures,
+    pair_answers,
+    read_answers,
+    run_name,
+    score_table,
+    scores,
+    write_run,
+)
+from heed_nb.toyworld import (
+    BAND,
+    COLOURS,
+    FAILURES,
+    PATCH,
+    SIDE,
+    Documents,
+    Page,
+    asked_text,
+    benchmark,
+    failure,
+    glyph,
+    render,
+)
 
 
 # The two tasks
+
 
 def test_regimes_are_beside_the_ten_and_in_no_average():
     assert not set(REGIMES) & set(BENCHMARKS) and list(TASKS) == [*BENCHMARKS, *REGIMES]
     assert not set(REGIMES) & {key for keys in AVERAGES.values() for key in keys} and not set(REGIMES) & set(ROWS)
     assert {b.group for b in REGIMES.values()} == {"regime"} and len(FINE_GRAINED + REASONING) == 10
-    assert [path.stem for path in task_files("toy", list(REGIMES))] == list(REGIMES) and not task_files("paper", list(REGIMES))
+    assert [path.stem for path in task_files("toy", list(REGIMES))] == list(REGIMES) and not task_files(
+        "paper", list(REGIMES)
+    )
 
 
 def run_of(condition, seed, measured):
-    return dict(condition=condition, seed=seed, token_budget=None if seed is None else 100, name=f"{condition}-{seed}", path="here",
-                numbers=dict(scores=measured, n=dict.fromkeys(measured, 100)), provenance=dict(git=dict(commit="a" * 40, dirty=False)))
+    return dict(
+        condition=condition,
+        seed=seed,
+        token_budget=None if seed is None else 100,
+        name=f"{condition}-{seed}",
+        path="here",
+        numbers=dict(scores=measured, n=dict.fromkeys(measured, 100)),
+        provenance=dict(git=dict(commit="a" * 40, dirty=False)),
+    )
 
 
 def test_a_regimes_score_moves_no_average_and_no_table():
     ten = {key: 50.0 + i for i, key in enumerate(BENCHMARKS)}
-    alone, beside = (scores([run_of("C0", None, measured), run_of("C4", 0, measured)]) for measured in (ten, ten | {"texture": 0.0, "smooth": 100.0}))
-    assert beside[~beside.row.isin(REGIMES)].reset_index(drop=True).equals(alone) and sorted(beside[beside.condition == "C4"].row.tail(2)) != []
+    alone, beside = (
+        scores([run_of("C0", None, measured), run_of("C4", 0, measured)])
+        for measured in (ten, ten | {"texture": 0.0, "smooth": 100.0})
+    )
+    assert (
+        beside[~beside.row.isin(REGIMES)].reset_index(drop=True).equals(alone)
+        and sorted(beside[beside.condition == "C4"].row.tail(2)) != []
+    )
     assert beside[beside.row == "smooth"].score.tolist() == [100, 100]
     assert score_table(beside, 100).equals(score_table(alone, 100))
 
@@ -38,10 +78,19 @@ def test_a_regimes_score_moves_no_average_and_no_table():
 def test_a_hatched_page_is_that_form_with_a_band_of_stripes():
     for q in benchmark("texture", 20, 7):
         top, slope, period = q.page.hatched
-        plain = np.asarray(render(Page(**{f: getattr(q.page, f) for f in ("kind", "paper", "texture", "shapes", "plates", "texts", "fields")}))).astype(int)
+        plain = np.asarray(
+            render(
+                Page(
+                    **{
+                        f: getattr(q.page, f)
+                        for f in ("kind", "paper", "texture", "shapes", "plates", "texts", "fields")
+                    }
+                )
+            )
+        ).astype(int)
         hatched = np.asarray(q.image).astype(int)
         band = np.zeros(SIDE, bool)
-        band[top:top + BAND] = True
+        band[top : top + BAND] = True
         assert (plain == hatched)[~band].all()
         y, x = np.mgrid[:BAND, :SIDE]
         dark = (hatched[band] < plain[band]).all(-1)
@@ -54,12 +103,15 @@ def test_a_hatched_page_is_that_form_with_a_band_of_stripes():
 def test_the_plain_shape_has_its_colour_and_no_print_on_it():
     for q in benchmark("smooth", 30, 7):
         (shape,) = q.page.shapes
-        pixels = np.asarray(q.image)[shape.y:shape.y + shape.size + 1, shape.x:shape.x + shape.size + 1]
+        pixels = np.asarray(q.image)[shape.y : shape.y + shape.size + 1, shape.x : shape.x + shape.size + 1]
         centre = pixels[shape.size * 2 // 3, shape.size // 2]
         assert COLOURS[q.answer] == tuple(centre) and shape.colour == q.answer
         assert (pixels == COLOURS[q.answer]).all(-1).mean() > 0.45  # a triangle covers half of its box
         assert sorted(q.choices) == sorted(COLOURS) and q.question.split("? ")[0] == f"colour of {shape.name}"
-        assert len(q.page.texts) == 10 and not any(t.x <= shape.x + shape.size and t.x + 24 > shape.x and t.y <= shape.y + shape.size and t.y + 16 > shape.y for t in q.page.texts)
+        assert len(q.page.texts) == 10 and not any(
+            t.x <= shape.x + shape.size and t.x + 24 > shape.x and t.y <= shape.y + shape.size and t.y + 16 > shape.y
+            for t in q.page.texts
+        )
 
 
 def test_regimes_are_a_function_of_their_seed():
@@ -71,6 +123,7 @@ def test_regimes_are_a_function_of_their_seed():
 
 def test_training_pages_are_those_the_committed_teacher_saw():
     import zlib
+
     pages = [Documents(seed).page(i)[0] for seed in (0, 1) for i in range(200)]
     assert not any(page.hatched for page in pages) and "hatched" not in repr(pages[0])
     assert zlib.crc32("".join(map(repr, pages)).encode()) == 2845936255
@@ -83,10 +136,18 @@ def test_the_paper_suite_has_no_regimes(tmp_path):
 
 @pytest.mark.slow
 def test_the_committed_teacher_answers_both(root):
-    assert min(evaluate(root / "outputs/teachers/toy-qwen3vl", benchmarks=list(REGIMES), questions=100, batch_size=100)["scores"].values()) >= 95
+    assert (
+        min(
+            evaluate(root / "outputs/teachers/toy-qwen3vl", benchmarks=list(REGIMES), questions=100, batch_size=100)[
+                "scores"
+            ].values()
+        )
+        >= 95
+    )
 
 
 # Answers of two runs
+
 
 def write_answers(folder, name, lines):
     (folder / name).mkdir(parents=True)
@@ -95,7 +156,14 @@ def write_answers(folder, name, lines):
 
 
 def line(q, response):
-    return dict(key=q.key, benchmark=q.benchmark, question=q.question, answers=[q.answer], response=response, score=float(response == q.answer))
+    return dict(
+        key=q.key,
+        benchmark=q.benchmark,
+        question=q.question,
+        answers=[q.answer],
+        response=response,
+        score=float(response == q.answer),
+    )
 
 
 def test_pairs_and_joint_failures(tmp_path):
@@ -104,17 +172,28 @@ def test_pairs_and_joint_failures(tmp_path):
     answers = [[q.answer if r.random() < 0.4 else "no" for q in asked] for _ in range(2)]
     first, second = (write_answers(tmp_path, name, map(line, asked, said)) for name, said in zip(("C1", "C4"), answers))
     pairs = pair_answers(first, second)
-    assert pairs.index.to_list() == [q.key for q in asked] and pairs.response_a.to_list() == answers[0] and pairs.response_b.to_list() == answers[1]
+    assert (
+        pairs.index.to_list() == [q.key for q in asked]
+        and pairs.response_a.to_list() == answers[0]
+        and pairs.response_b.to_list() == answers[1]
+    )
     both = [q for q, x, y in zip(asked, *answers) if x == y == "no"]
     kinds = joint_failures(pairs).kind
-    assert 0 < len(both) < len(asked) and kinds.to_dict() == {q.key: {"infovqa": "F3", "docvqa": "other", "mathvista": "F1"}[q.benchmark] for q in both}
-    assert joint_failures(pair_answers(first, first)).index.to_list() == [q.key for q, x in zip(asked, answers[0]) if x == "no"]
+    assert 0 < len(both) < len(asked) and kinds.to_dict() == {
+        q.key: {"infovqa": "F3", "docvqa": "other", "mathvista": "F1"}[q.benchmark] for q in both
+    }
+    assert joint_failures(pair_answers(first, first)).index.to_list() == [
+        q.key for q, x in zip(asked, answers[0]) if x == "no"
+    ]
 
 
 def test_answers_that_are_missing_or_to_other_questions(tmp_path):
     two, three = benchmark("docvqa", 2), benchmark("docvqa", 3)
-    first, second = (write_answers(tmp_path, name, [line(q, "1") for q in asked]) for name, asked in (("C3", two), ("C4", three)))
-    with pytest.raises(ValueError, match="C3 and C4 answered different questions"): pair_answers(first, second)
+    first, second = (
+        write_answers(tmp_path, name, [line(q, "1") for q in asked]) for name, asked in (("C3", two), ("C4", three))
+    )
+    with pytest.raises(ValueError, match="C3 and C4 answered different questions"):
+        pair_answers(first, second)
     with pytest.raises(ValueError, match="no answers.jsonl in C1; run nbs/runs/evaluate.ipynb there again"):
         read_answers(dict(name="C1", path=tmp_path / "C1" / "evaluate.json"))
 
@@ -126,9 +205,24 @@ def test_figure_6_draws_the_density_of_any_familys_tower(name, root, tmp_path, m
     for condition, said in (("C3", ["no"] * 3), ("C4", [q.answer for q in asked])):
         run = run_name(condition, 0, 2000)
         write_answers(tmp_path / "runs", run, map(line, asked, said))
-        write_run(tmp_path / "runs" / run / "evaluate.json", "evaluate", {}, dict(scores=dict(docvqa=100 * (condition == "C4")), n=dict(docvqa=3)))
-    notebook(root, "figure_06", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, conditions=["C3", "C4"], teacher=f"outputs/teachers/{name}")
-    assert (tmp_path / "figures/figure_06.png").read_bytes().startswith(b"\x89PNG") and "C3 fails and C4 answers 3 of 3" in (tmp_path / "tables/figure_06.md").read_text()
+        write_run(
+            tmp_path / "runs" / run / "evaluate.json",
+            "evaluate",
+            {},
+            dict(scores=dict(docvqa=100 * (condition == "C4")), n=dict(docvqa=3)),
+        )
+    notebook(
+        root,
+        "figure_06",
+        runs=tmp_path / "runs",
+        out=tmp_path,
+        token_budget=2000,
+        conditions=["C3", "C4"],
+        teacher=f"outputs/teachers/{name}",
+    )
+    assert (tmp_path / "figures/figure_06.png").read_bytes().startswith(
+        b"\x89PNG"
+    ) and "C3 fails and C4 answers 3 of 3" in (tmp_path / "tables/figure_06.md").read_text()
 
 
 @pytest.mark.slow
@@ -136,7 +230,9 @@ def test_figure_6_draws_the_density_of_any_familys_tower(name, root, tmp_path, m
 def test_figure_2_is_of_any_familys_tower(name, root, tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     notebook(root, "figure_02", out=tmp_path, teacher=f"outputs/teachers/{name}")
-    assert (tmp_path / "figures/figure_02.png").read_bytes().startswith(b"\x89PNG") and f"outputs/teachers/{name}" in (tmp_path / "tables/figure_02.md").read_text()
+    assert (tmp_path / "figures/figure_02.png").read_bytes().startswith(b"\x89PNG") and f"outputs/teachers/{name}" in (
+        tmp_path / "tables/figure_02.md"
+    ).read_text()
 
 
 def test_figure_6_of_another_pair_and_a_regime_at_its_ceiling(root, tmp_path, monkeypatch):
@@ -146,15 +242,30 @@ def test_figure_6_of_another_pair_and_a_regime_at_its_ceiling(root, tmp_path, mo
         run = run_name(condition, 0, 2000)
         write_answers(tmp_path / "runs", run, map(line, asked, said))
         measured = dict(docvqa=50, texture=10 * int(condition[1]), smooth=100)
-        write_run(tmp_path / "runs" / run / "evaluate.json", "evaluate", {}, dict(scores=measured, n=dict.fromkeys(measured, 3)))
-    page = lambda **given: [notebook(root, "figure_06", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, **given), (tmp_path / "tables/figure_06.md").read_text()][1]
+        write_run(
+            tmp_path / "runs" / run / "evaluate.json",
+            "evaluate",
+            {},
+            dict(scores=measured, n=dict.fromkeys(measured, 3)),
+        )
+    page = lambda **given: [
+        notebook(root, "figure_06", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, **given),
+        (tmp_path / "tables/figure_06.md").read_text(),
+    ][1]
     text = page(pair=["C2", "C5"])
-    assert "C2 fails and C5 answers 3 of 3" in text and "An answer is right here where it scores 1" in text and '"is level with" where it holds 0' in text
-    assert "At its ceiling of 100 with every condition, so that it can tell none of them apart: Smooth evidence." in text
+    assert (
+        "C2 fails and C5 answers 3 of 3" in text
+        and "An answer is right here where it scores 1" in text
+        and '"is level with" where it holds 0' in text
+    )
+    assert (
+        "At its ceiling of 100 with every condition, so that it can tell none of them apart: Smooth evidence." in text
+    )
     assert "**Missing**: no run of C3 at 2,000 tokens; so there is no pair to show." in page(conditions=["C4"])
 
 
 # Kinds of failure
+
 
 @pytest.mark.parametrize("key", TASKS)
 def test_a_failure_is_of_the_kind_its_page_says(key):
@@ -163,8 +274,11 @@ def test_a_failure_is_of_the_kind_its_page_says(key):
         if key in (*FINE_GRAINED, "texture"):
             assert text.string == q.answer and dict(q.page.fields)[text.field] == q.answer
             boxes = [glyph(c, text.font, text.size)[0].size for c in q.answer]
-            assert failure(q, wrong) == ("F3" if all(max(box) <= PATCH for box in boxes) else "other") and (failure(q, wrong) == "F3") == (text.size == 11)
-            for value in {value for _, value in q.page.fields} - {q.answer}: assert failure(q, f" {value}\n") == "F1"
+            assert failure(q, wrong) == ("F3" if all(max(box) <= PATCH for box in boxes) else "other") and (
+                failure(q, wrong) == "F3"
+            ) == (text.size == 11)
+            for value in {value for _, value in q.page.fields} - {q.answer}:
+                assert failure(q, f" {value}\n") == "F1"
         else:
             assert text is None and failure(q, wrong) == ("F1" if key in ("mathvista", "mmmu_pro") else "other")
         assert failure(q, wrong) in FAILURES
@@ -177,12 +291,16 @@ def test_a_key_that_is_printed_is_no_other_fields_answer():
 
 # The claim
 
+
 def test_the_claim_counts_ocrbench_alone(tmp_path):
     from heed_nb.results import MEASURED, Evidence
+
     asked = [*benchmark("ocrbench_v2", 40), *benchmark("mathvista", 5)]
     for name, condition in (("C1-seed0-budget100", "C1"), ("C4-seed0-budget100", "C4")):
         write_answers(tmp_path, name, [line(q, "zz") for q in asked])
-        (tmp_path / name / "evaluate.json").write_text(json.dumps(dict(kind="evaluate", parameters={}, numbers=dict(scores={}, n={}), provenance={})))
+        (tmp_path / name / "evaluate.json").write_text(
+            json.dumps(dict(kind="evaluate", parameters={}, numbers=dict(scores={}, n={}), provenance={}))
+        )
     scale = SimpleNamespace(data="toyworld", token_budget=100)
     small = sum(asked_text(q).size == 11 for q in asked[:40])
     found = MEASURED["failures"](Evidence(tmp_path, scale), "C1", "C4")

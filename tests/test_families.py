@@ -1,4 +1,5 @@
 "The hybrid of every family with every mixer inside transformers: padding, caches, chunks, disk, training; and what is refused."
+
 import copy
 import inspect
 import json
@@ -19,15 +20,27 @@ import heed_nb
 import tiny
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import Sample, collate
-from heed_nb.hybrid import HYBRIDS, hybrid_config, mixer_parameters, pair_with_teacher, teacher_path, to_hybrid, transferred_parameters
+from heed_nb.hybrid import (
+    HYBRIDS,
+    hybrid_config,
+    mixer_parameters,
+    pair_with_teacher,
+    teacher_path,
+    to_hybrid,
+    transferred_parameters,
+)
 from heed_nb.losses import record_outputs
 from heed_nb.mixers import MIXERS
 from heed_nb.teachers import family_class, family_of, load_teacher, paper_config
 from heed_nb.trainer import Phases, aligned_outputs, replaced_layers, step_loss
 
 FAMILIES = list(tiny.TINY)
-CASES = [(family, mixer, "paper") for family in FAMILIES for mixer in MIXERS] + [("qwen3_vl", mixer, "identity") for mixer in MIXERS]
-HOW = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4])  # no end and no image in the answer
+CASES = [(family, mixer, "paper") for family in FAMILIES for mixer in MIXERS] + [
+    ("qwen3_vl", mixer, "identity") for mixer in MIXERS
+]
+HOW = dict(
+    max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4]
+)  # no end and no image in the answer
 PROCESSORS = {family: tiny.processor(family) for family in FAMILIES}
 TEACHERS = {}
 
@@ -40,18 +53,25 @@ def hybrid(teacher, **kwargs):
     "A student whose mixers are off their start, so that every part of them matters."
     student, generator = to_hybrid(teacher, **kwargs), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in mixer_parameters(student).values(): p += (0.15 * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        for p in mixer_parameters(student).values():
+            p += (0.15 * torch.randn(p.shape, generator=generator)).to(p.dtype)
     return student
 
 
 def batch_of(family, samples=None, side="left"):
     "`inside`: prompts padded on the right, each with the same answer after its padding."
-    batch = tiny.batch_of(tiny.samples(family) if samples is None else samples, PROCESSORS[family], "right" if side == "inside" else side)
+    batch = tiny.batch_of(
+        tiny.samples(family) if samples is None else samples, PROCESSORS[family], "right" if side == "inside" else side
+    )
     if side == "inside":
         answer = torch.arange(40, 44).expand(len(batch["input_ids"]), -1)
-        for key, value in dict(input_ids=answer, attention_mask=torch.ones_like(answer), mm_token_type_ids=torch.zeros_like(answer)).items():
-            if key in batch: batch[key] = torch.cat([batch[key], value], 1)
-        if "image_grid_thw" not in batch: batch["position_ids"] = positions_of(batch)
+        for key, value in dict(
+            input_ids=answer, attention_mask=torch.ones_like(answer), mm_token_type_ids=torch.zeros_like(answer)
+        ).items():
+            if key in batch:
+                batch[key] = torch.cat([batch[key], value], 1)
+        if "image_grid_thw" not in batch:
+            batch["position_ids"] = positions_of(batch)
     return batch
 
 
@@ -73,6 +93,7 @@ def case(request):
 
 # The conversion
 
+
 @torch.no_grad()
 def test_nothing_replaced_is_the_teacher(family):
     teacher, batch = teacher_of(family), batch_of(family)
@@ -88,11 +109,18 @@ def test_everything_but_the_mixers_is_the_teachers(family, mixer):
     student = to_hybrid(teacher, mixer=mixer)
     mixers, transferred, theirs = mixer_parameters(student), transferred_parameters(student), teacher.state_dict()
     for name, p in student.state_dict().items():
-        if name not in mixers or name in transferred: assert torch.equal(p, theirs[name]), name
+        if name not in mixers or name in transferred:
+            assert torch.equal(p, theirs[name]), name
         assert p.isfinite().all(), name
-    parts = [f"{p}_proj.{kind}" for p in "qkv" for kind in (("bias", "weight") if family == "glm4v" else ("weight",))] + ["o_proj.weight"]
+    parts = [
+        f"{p}_proj.{kind}" for p in "qkv" for kind in (("bias", "weight") if family == "glm4v" else ("weight",))
+    ] + ["o_proj.weight"]
     assert sorted(name.split("self_attn.")[1] for name in transferred if ".layers.0." in name) == sorted(parts)
-    norms = set() if family == "glm4v" else {f"model.language_model.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
+    norms = (
+        set()
+        if family == "glm4v"
+        else {f"model.language_model.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
+    )
     assert theirs.keys() - student.state_dict().keys() == norms
 
 
@@ -103,12 +131,15 @@ def test_query_and_key_norms_are_kept_where_there_are_any(family, mixer):
     assert student.config.text_config.mixer_config["qk_norm"] is keeps
     assert any("q_norm" in name for name in transferred_parameters(student)) is keeps
     if not keeps:
-        with pytest.raises(ValueError, match="qk_norm is True, but the attention of hybrid_glm4v_text has no q_norm and k_norm to keep"):
+        with pytest.raises(
+            ValueError, match="qk_norm is True, but the attention of hybrid_glm4v_text has no q_norm and k_norm to keep"
+        ):
             to_hybrid(teacher_of(family), mixer=mixer, qk_norm=True)
 
 
 class Adapter(nn.Module):
     "A linear layer as PEFT wraps it."
+
     def __init__(self, base_layer):
         super().__init__()
         self.base_layer, self.lora_A = base_layer, nn.Linear(base_layer.in_features, 2)
@@ -127,12 +158,29 @@ def quantise(model):
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
 
 
-@pytest.mark.parametrize("change, message", [
-    (torch.compile, "the teacher is compiled"), (compile_decoder, "the teacher is compiled"),
-    (lambda model: adapt(model, 0), "unlike its class; .* unload its adapters"), (lambda model: adapt(model, 3), "unlike its class; .* unload its adapters"),
-    (lambda model: cpu_offload(model, execution_device="cpu"), "is on meta, offloaded or not loaded"), (lambda model: model.to("meta"), "is on meta"),
-    (lambda model: model.lm_head.to("meta") and None, "lm_head.weight is on meta"), (quantise, "lm_head.weight is a Parameter of torch.int8"),
-], ids=["compiled", "compiled decoder", "adapter in a mixer's place", "adapter in attention", "offloaded", "meta", "meta head", "quantised"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (torch.compile, "the teacher is compiled"),
+        (compile_decoder, "the teacher is compiled"),
+        (lambda model: adapt(model, 0), "unlike its class; .* unload its adapters"),
+        (lambda model: adapt(model, 3), "unlike its class; .* unload its adapters"),
+        (lambda model: cpu_offload(model, execution_device="cpu"), "is on meta, offloaded or not loaded"),
+        (lambda model: model.to("meta"), "is on meta"),
+        (lambda model: model.lm_head.to("meta") and None, "lm_head.weight is on meta"),
+        (quantise, "lm_head.weight is a Parameter of torch.int8"),
+    ],
+    ids=[
+        "compiled",
+        "compiled decoder",
+        "adapter in a mixer's place",
+        "adapter in attention",
+        "offloaded",
+        "meta",
+        "meta head",
+        "quantised",
+    ],
+)
 def test_a_teacher_that_is_not_whole_is_refused(family, change, message):
     teacher = copy.deepcopy(teacher_of(family))
     changed = change(teacher)
@@ -144,10 +192,12 @@ def test_a_hybrid_keeps_attention_somewhere(family):
     of_text = lambda **fields: config | dict(text_config=config["text_config"] | fields)
     for fields in (dict(layer_types=4 * ["linear_attention"]), dict(num_hidden_layers=3, layer_types=None)):
         fails("none of the [34] layers keeps attention", HYBRIDS[family].config_class, **of_text(**fields))
-    for layers in range(4): fails(f"{layers} layers can't be split 3:1", hybrid_config, tiny.config(family, layers))
+    for layers in range(4):
+        fails(f"{layers} layers can't be split 3:1", hybrid_config, tiny.config(family, layers))
 
 
 # Inside transformers
+
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
 @torch.no_grad()
@@ -157,7 +207,12 @@ def test_padding_equals_single_samples(case, side):
     batch = batch_of(family, side=side)
     logits = student(**batch).logits
     for row, mask, sample in zip(logits, batch["attention_mask"].bool(), tiny.samples(family)):
-        assert_close(row[mask], student(**batch_of(family, [sample], "inside" if side == "inside" else "left")).logits[0], atol=5e-4, rtol=1e-3)
+        assert_close(
+            row[mask],
+            student(**batch_of(family, [sample], "inside" if side == "inside" else "left")).logits[0],
+            atol=5e-4,
+            rtol=1e-3,
+        )
     if side == "left":  # where a state that padding wrote to would show
         unmasked = student(**batch | dict(attention_mask=torch.ones_like(batch["attention_mask"]))).logits
         assert (unmasked - logits)[0, -1].abs().max() > 1e-2
@@ -171,18 +226,31 @@ def test_generation_with_a_cache_is_generation_without(case, how):
     cached = student.generate(**batch, **how)
     plain = student.generate(**batch, **{k: v for k, v in how.items() if k != "cache_implementation"}, use_cache=False)
     assert torch.equal(cached.sequences, plain.sequences)
-    for a, b in zip(cached.scores, plain.scores): assert_close(a, b, atol=2e-3, rtol=1e-3)
+    for a, b in zip(cached.scores, plain.scores):
+        assert_close(a, b, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("side, how", [("left", dict()), ("left", dict(num_beams=3)), ("inside", dict()), ("inside", dict(cache_implementation="static")),
-                                       ("inside", dict(use_cache=False)), ("inside", dict(prefill_chunk_size=7))], ids=str)
+@pytest.mark.parametrize(
+    "side, how",
+    [
+        ("left", dict()),
+        ("left", dict(num_beams=3)),
+        ("inside", dict()),
+        ("inside", dict(cache_implementation="static")),
+        ("inside", dict(use_cache=False)),
+        ("inside", dict(prefill_chunk_size=7)),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_batched_generation_equals_single_samples(case, side, how):
     (family, student), how = case, HOW | how
+
     def new(samples):
         batch = batch_of(family, samples, side)
         batch.pop("position_ids", None)  # generate makes its own
-        return student.generate(**batch, **how)[:, -HOW["max_new_tokens"]:]
+        return student.generate(**batch, **how)[:, -HOW["max_new_tokens"] :]
+
     assert torch.equal(new(tiny.samples(family)), torch.cat([new([sample]) for sample in tiny.samples(family)]))
 
 
@@ -196,11 +264,18 @@ def test_chunked_prefill(case, size):
     cache, pieces = DynamicCache(config=student.config), []
     for start in range(0, 16, size):
         piece = slice(start, start + size)
-        out = student(input_ids=batch["input_ids"][:, piece], attention_mask=batch["attention_mask"][:, :piece.stop], position_ids=positions[:, piece],
-                      past_key_values=cache, use_cache=True)
+        out = student(
+            input_ids=batch["input_ids"][:, piece],
+            attention_mask=batch["attention_mask"][:, : piece.stop],
+            position_ids=positions[:, piece],
+            past_key_values=cache,
+            use_cache=True,
+        )
         pieces.append(out.logits)
     real = batch["attention_mask"].bool()
-    assert_close(torch.cat(pieces, 1)[real], student(**batch, position_ids=positions).logits[real], atol=1e-3, rtol=1e-3)
+    assert_close(
+        torch.cat(pieces, 1)[real], student(**batch, position_ids=positions).logits[real], atol=1e-3, rtol=1e-3
+    )
     assert torch.equal(student.generate(**batch, **HOW, prefill_chunk_size=size), student.generate(**batch, **HOW))
 
 
@@ -210,7 +285,9 @@ TEXTS = ["what is a total?", "tax", "of it, or of them all?", "x"]
 def packed(family, texts=TEXTS):
     "Rows of packed texts as a padding-free collator makes them: tokens, positions that start anew, ends."
     rows = [PROCESSORS[family].tokenizer(text).input_ids for text in texts]
-    return DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")([dict(input_ids=row) for row in rows])
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(
+        [dict(input_ids=row) for row in rows]
+    )
 
 
 @pytest.mark.parametrize("how", ["positions", "text positions", "ends", "collator", "two rows"])
@@ -218,19 +295,31 @@ def packed(family, texts=TEXTS):
 def test_packed_texts_equal_single_texts(case, how):
     (family, student), batch = case, packed(case[0])
     ids, positions, ends = batch["input_ids"], batch["position_ids"], batch["cu_seq_lens_q"]
-    if how == "positions": logits = student(input_ids=ids, position_ids=positions).logits
+    if how == "positions":
+        logits = student(input_ids=ids, position_ids=positions).logits
     elif how == "text positions":
-        if family not in ("qwen3_vl", "glm4v"): pytest.skip("positions have one axis")
-        logits = student(input_ids=ids, position_ids=torch.cat([positions[None], torch.arange(ids.shape[1]).expand(3, 1, -1)])).logits
-    elif how == "ends": logits = student(input_ids=ids, cu_seq_lens_q=ends, attention_mask=torch.ones_like(ids)).logits
-    elif how == "collator": logits = student(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        if family not in ("qwen3_vl", "glm4v"):
+            pytest.skip("positions have one axis")
+        logits = student(
+            input_ids=ids, position_ids=torch.cat([positions[None], torch.arange(ids.shape[1]).expand(3, 1, -1)])
+        ).logits
+    elif how == "ends":
+        logits = student(input_ids=ids, cu_seq_lens_q=ends, attention_mask=torch.ones_like(ids)).logits
+    elif how == "collator":
+        logits = student(**{k: v for k, v in batch.items() if k != "labels"}).logits
     else:
-        order = torch.cat([torch.arange(ends[2], ids.shape[1]), torch.arange(ends[2])])  # the other row begins with the second half
-        logits = student(input_ids=torch.cat([ids[:, order], ids]), position_ids=torch.cat([positions[:, order], positions])).logits
+        order = torch.cat(
+            [torch.arange(ends[2], ids.shape[1]), torch.arange(ends[2])]
+        )  # the other row begins with the second half
+        logits = student(
+            input_ids=torch.cat([ids[:, order], ids]), position_ids=torch.cat([positions[:, order], positions])
+        ).logits
         assert_close(logits[0][order.argsort()], logits[1], atol=1e-4, rtol=1e-3)
         logits = logits[1:]
     for text, row in zip(TEXTS, logits[0].split(ends.diff().tolist())):
-        assert_close(row, student(**PROCESSORS[family](text=[text], return_tensors="pt")).logits[0], atol=1e-4, rtol=1e-3)
+        assert_close(
+            row, student(**PROCESSORS[family](text=[text], return_tensors="pt")).logits[0], atol=1e-4, rtol=1e-3
+        )
 
 
 @torch.no_grad()
@@ -239,7 +328,11 @@ def test_packed_pages_equal_single_ones(case):
     family, student = case
     samples = [tiny.samples(family)[i] for i in (1, 0, 2)]
     alone = [batch_of(family, [sample]) for sample in samples]
-    batch = {k: torch.cat([b[k] for b in alone if k in b], 1 if k in ("input_ids", "mm_token_type_ids") else 0) for k in alone[0] if k != "attention_mask"}
+    batch = {
+        k: torch.cat([b[k] for b in alone if k in b], 1 if k in ("input_ids", "mm_token_type_ids") else 0)
+        for k in alone[0]
+        if k != "attention_mask"
+    }
     ends = torch.tensor([0, *(b["input_ids"].shape[1] for b in alone)]).cumsum(0)
     for row, single in zip(student(**batch, cu_seq_lens_q=ends).logits[0].split(ends.diff().tolist()), alone):
         assert_close(row, student(**single).logits[0], atol=5e-4, rtol=1e-3)
@@ -253,16 +346,35 @@ def test_a_page_is_one_sequence(case):
     inputs = {k: v for k, v in batch.items() if k != "attention_mask"}
     assert torch.equal(student(**inputs, use_cache=False).logits, student(**batch).logits)
     generated = student.generate(**inputs, **HOW)
-    assert torch.equal(generated, student.generate(**batch, **HOW)) and torch.equal(generated, student.generate(**inputs, **HOW, use_cache=False))
+    assert torch.equal(generated, student.generate(**batch, **HOW)) and torch.equal(
+        generated, student.generate(**inputs, **HOW, use_cache=False)
+    )
 
 
 def test_bad_packing(family):
     student, batch = to_hybrid(teacher_of(family)), packed(family)
     ids, ends = batch["input_ids"], batch["cu_seq_lens_q"]
     padded = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
-    fails("packed sequences .* without padding and without a cache", student, input_ids=ids, cu_seq_lens_q=ends, attention_mask=padded)
-    fails("packed sequences .* without padding and without a cache", student, input_ids=ids, cu_seq_lens_q=ends, past_key_values=DynamicCache(config=student.config))
-    fails(r"cu_seqlens rises from 0 to 42, got \[0, 16, 19, 43\]", student, input_ids=ids, cu_seq_lens_q=torch.tensor([0, 16, 19, 43]))
+    fails(
+        "packed sequences .* without padding and without a cache",
+        student,
+        input_ids=ids,
+        cu_seq_lens_q=ends,
+        attention_mask=padded,
+    )
+    fails(
+        "packed sequences .* without padding and without a cache",
+        student,
+        input_ids=ids,
+        cu_seq_lens_q=ends,
+        past_key_values=DynamicCache(config=student.config),
+    )
+    fails(
+        r"cu_seqlens rises from 0 to 42, got \[0, 16, 19, 43\]",
+        student,
+        input_ids=ids,
+        cu_seq_lens_q=torch.tensor([0, 16, 19, 43]),
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
@@ -274,12 +386,18 @@ def test_a_4d_mask_is_read_or_refused(case, kind, side):
     real = batch["attention_mask"].bool()
     positions = positions_of(batch)
     seen = real[:, None, None] & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
-    as_kind = lambda seen: seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
-    logits = lambda mask: student(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits[real]
-    for mask in (seen, seen & real[:, None, :, None]): assert_close(logits(as_kind(mask)), logits(batch["attention_mask"]), atol=1e-4, rtol=1e-3)
+    as_kind = lambda seen: (
+        seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
+    )
+    logits = lambda mask: student(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits[
+        real
+    ]
+    for mask in (seen, seen & real[:, None, :, None]):
+        assert_close(logits(as_kind(mask)), logits(batch["attention_mask"]), atol=1e-4, rtol=1e-3)
     blocks = seen.clone()
     blocks[0, :, 8:, :8] = False  # two sequences
-    for mask in (blocks, seen.mT): fails("a 4-D attention mask is causal but for padding", logits, as_kind(mask))
+    for mask in (blocks, seen.mT):
+        fails("a 4-D attention mask is causal but for padding", logits, as_kind(mask))
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
@@ -290,28 +408,46 @@ def test_what_trainers_and_offloading_ask_for(family, who):
     assert find_labels(type(model)) == ["labels"]
     logits = model(**batch).logits
     hidden = model.base_model(**batch)
-    assert model.base_model is not model and model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
-    assert torch.equal(model.get_output_embeddings()(hidden.last_hidden_state), logits) and torch.equal(model(**batch, return_dict=False)[0], logits)
-    if family == "glm4v": return  # its tower, the library's own, reads a weight past its module
+    assert (
+        model.base_model is not model
+        and model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
+    )
+    assert torch.equal(model.get_output_embeddings()(hidden.last_hidden_state), logits) and torch.equal(
+        model(**batch, return_dict=False)[0], logits
+    )
+    if family == "glm4v":
+        return  # its tower, the library's own, reads a weight past its module
     model = copy.deepcopy(model)
     offloaded = cpu_offload(model, execution_device="cpu")
     assert any(p.is_meta for p in model.parameters()) and torch.equal(offloaded(**batch).logits, logits)
 
 
-@pytest.mark.parametrize("module", [modeling_auto, processing_auto, tokenization_auto, image_processing_auto], ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize(
+    "module",
+    [modeling_auto, processing_auto, tokenization_auto, image_processing_auto],
+    ids=lambda module: module.__name__.split(".")[-1],
+)
 def test_the_auto_classes_know_a_hybrid_where_they_know_its_teacher(family, module):
     "Of the decoder alone: without a head and with the language model's."
     config, found = tiny.config(family), []
     student = hybrid_config(config)
     for name, mapping in vars(module).items():
-        if not isinstance(mapping, _LazyAutoMapping): continue
+        if not isinstance(mapping, _LazyAutoMapping):
+            continue
         parts = ["text_config"] * (name in ("MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "TOKENIZER_MAPPING"))
-        for teachers, students in [(config, student), *((getattr(config, part), getattr(student, part)) for part in parts)]:
+        for teachers, students in [
+            (config, student),
+            *((getattr(config, part), getattr(student, part)) for part in parts),
+        ]:
             if type(teachers) in mapping:
                 assert type(students) in mapping, name
                 found.append(name)
-    expected = dict(modeling_auto={"MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"},
-                    processing_auto={"PROCESSOR_MAPPING"}, tokenization_auto={"TOKENIZER_MAPPING"}, image_processing_auto={"IMAGE_PROCESSOR_MAPPING"})
+    expected = dict(
+        modeling_auto={"MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"},
+        processing_auto={"PROCESSOR_MAPPING"},
+        tokenization_auto={"TOKENIZER_MAPPING"},
+        image_processing_auto={"IMAGE_PROCESSOR_MAPPING"},
+    )
     assert set(found) >= expected[module.__name__.split(".")[-1]]
 
 
@@ -338,23 +474,37 @@ for folder in sys.argv[1:]:
 
 def test_loads_in_a_new_process(tmp_path):
     students = {}
-    for family, mixer, dtype in [*((family, mixer, torch.float32) for family in FAMILIES for mixer in MIXERS), ("glm4v", "mamba2", torch.bfloat16)]:
+    for family, mixer, dtype in [
+        *((family, mixer, torch.float32) for family in FAMILIES for mixer in MIXERS),
+        ("glm4v", "mamba2", torch.bfloat16),
+    ]:
         folder = tmp_path / f"{family}-{mixer}-{dtype}"
         teacher = tiny.teacher(family)
-        for p in teacher.parameters(): p.data = p.data.to(dtype)  # as from_pretrained makes it: rotary frequencies stay in float32
-        students[folder] = family, hybrid(teacher, mixer=mixer, attention_layers=[1, 2], norm="gate_then_norm", conv_kernel=3)
+        for p in teacher.parameters():
+            p.data = p.data.to(dtype)  # as from_pretrained makes it: rotary frequencies stay in float32
+        students[folder] = (
+            family,
+            hybrid(teacher, mixer=mixer, attention_layers=[1, 2], norm="gate_then_norm", conv_kernel=3),
+        )
         students[folder][1].save_pretrained(folder)
         PROCESSORS[family].save_pretrained(folder)
         samples = tiny.samples(family)
-        torch.save(([text for text, _ in samples], [image for _, images in samples for image in images]), folder / "samples.pt")
+        torch.save(
+            ([text for text, _ in samples], [image for _, images in samples for image in images]), folder / "samples.pt"
+        )
     subprocess.run([sys.executable, "-c", LOAD, *map(str, students)], check=True)
     for folder, (family, student) in students.items():
         loaded, batch = torch.load(folder / "out.pt"), batch_of(family)
         assert loaded["names"] == [type(student).__name__, family_class(family).processor_class.__name__]
-        assert loaded["others"] == [type(PROCESSORS[family].image_processor).__name__, type(student).__name__, "TokenizersBackend"]
+        assert loaded["others"] == [
+            type(PROCESSORS[family].image_processor).__name__,
+            type(student).__name__,
+            "TokenizersBackend",
+        ]
         assert loaded["types"] == student.config.text_config.layer_types
         assert loaded["state"].keys() == student.state_dict().keys()
-        for name, p in student.state_dict().items(): assert torch.equal(p, loaded["state"][name]) and p.dtype == loaded["state"][name].dtype, name
+        for name, p in student.state_dict().items():
+            assert torch.equal(p, loaded["state"][name]) and p.dtype == loaded["state"][name].dtype, name
         with torch.no_grad():
             assert torch.equal(student(**batch).logits, loaded["logits"])
             assert torch.equal(student.generate(**batch, **HOW), loaded["generated"])
@@ -370,25 +520,41 @@ assert not any(type(finder).__module__ == "heed_nb" for finder in sys.meta_path)
 """
 
 
-@pytest.mark.parametrize("module, heavy", [("heed_nb.conditions", False), ("heed_nb.minicpm", True), ("transformers", True)])
+@pytest.mark.parametrize(
+    "module, heavy", [("heed_nb.conditions", False), ("heed_nb.minicpm", True), ("transformers", True)]
+)
 def test_any_import_of_the_package_registers_its_models(module, heavy):
     "At the cost of transformers only where that is imported anyway."
     subprocess.run([sys.executable, "-c", IMPORTS.format(module=module, heavy=heavy)], check=True)
 
 
 def test_the_packages_names():
-    assert set(heed_nb.__all__) >= {"to_hybrid", "distill", "evaluate", "CONDITIONS", "patch_density", "position_weights", "load_teacher", "Sample", "collate",
-                                    "TrainSettings"}
+    assert set(heed_nb.__all__) >= {
+        "to_hybrid",
+        "distill",
+        "evaluate",
+        "CONDITIONS",
+        "patch_density",
+        "position_weights",
+        "load_teacher",
+        "Sample",
+        "collate",
+        "TrainSettings",
+    }
     assert set(heed_nb.__all__) < set(dir(heed_nb))
     assert heed_nb.to_hybrid is to_hybrid and heed_nb.CONDITIONS is CONDITIONS and heed_nb.load_teacher is load_teacher
-    for name in heed_nb.__all__: assert name == "CONDITIONS" or callable(getattr(heed_nb, name)), name
+    for name in heed_nb.__all__:
+        assert name == "CONDITIONS" or callable(getattr(heed_nb, name)), name
     from heed_nb import evaluate  # the module, whoever imported it first, and its function
+
     fails("unknown suite 'all'", evaluate, "a folder", suite="all")
     assert "suite" in inspect.signature(evaluate).parameters and evaluate.anls
-    with pytest.raises(AttributeError, match="module 'heed_nb' has no attribute 'nothing'"): heed_nb.nothing
+    with pytest.raises(AttributeError, match="module 'heed_nb' has no attribute 'nothing'"):
+        heed_nb.nothing
 
 
 # Training
+
 
 @torch.no_grad()
 def test_teacher_path_is_the_teacher(family):
@@ -408,29 +574,48 @@ def test_hooks_read_residuals_and_attention_outputs(case):
     "Hidden state i + 1 is what layer i puts out, but where DeepStack is added after it; attention's target is what W_O gives, before any norm."
     name, student = case
     family = family_of(student)
-    inputs, decoder, layers = family.language_inputs(student, batch_of(name)), family.decoder(student), family.layers(student)
-    with record_outputs(layers) as residuals, record_outputs(layer.self_attn for layer in layers) as attention, \
-            record_outputs(layer.self_attn.o_proj for layer in layers) as projected:
+    inputs, decoder, layers = (
+        family.language_inputs(student, batch_of(name)),
+        family.decoder(student),
+        family.layers(student),
+    )
+    with (
+        record_outputs(layers) as residuals,
+        record_outputs(layer.self_attn for layer in layers) as attention,
+        record_outputs(layer.self_attn.o_proj for layer in layers) as projected,
+    ):
         out = decoder(**inputs.kwargs, output_hidden_states=True)
-    for i in range(1 if name == "qwen3_vl" else 0, 3): assert torch.equal(out.hidden_states[i + 1], residuals[i])
+    for i in range(1 if name == "qwen3_vl" else 0, 3):
+        assert torch.equal(out.hidden_states[i + 1], residuals[i])
     assert torch.equal(decoder.norm(residuals[3]), out.last_hidden_state)
-    for a, b in zip(attention, projected): assert torch.equal(a, b)
+    for a, b in zip(attention, projected):
+        assert torch.equal(a, b)
     replaced = replaced_layers(student, family)
     assert all(torch.equal(a, b) for a, b in zip(aligned_outputs(decoder, inputs, replaced, "residual"), residuals))
-    assert all(torch.equal(a, b) for a, b in zip(aligned_outputs(decoder, inputs, replaced, "attention_output"), attention))
+    assert all(
+        torch.equal(a, b) for a, b in zip(aligned_outputs(decoder, inputs, replaced, "attention_output"), attention)
+    )
 
 
 def conversation(family):
     "Two pages under two questions, a page, text alone."
     pages = [image for _, images in tiny.samples(family) for image in images]
-    return [Sample("two", pages[1:3], [("which?", "the first"), ("why?", "é1")]), Sample("one", pages[:1], [("total?", "417")]), Sample("none", [], [("rose", "a rose")])]
+    return [
+        Sample("two", pages[1:3], [("which?", "the first"), ("why?", "é1")]),
+        Sample("one", pages[:1], [("total?", "417")]),
+        Sample("none", [], [("rose", "a rose")]),
+    ]
 
 
 def test_labels_are_the_answers(family):
     processor = PROCESSORS[family]
     batch = collate(conversation(family), processor)
     decode = processor.tokenizer.decode
-    assert [decode(labels[labels >= 0]) for labels in batch["labels"]] == ["the first<|im_end|>é1<|im_end|>", "417<|im_end|>", "a rose<|im_end|>"]
+    assert [decode(labels[labels >= 0]) for labels in batch["labels"]] == [
+        "the first<|im_end|>é1<|im_end|>",
+        "417<|im_end|>",
+        "a rose<|im_end|>",
+    ]
     assert torch.equal(batch["labels"][batch["labels"] >= 0], batch["input_ids"][batch["labels"] >= 0])
 
 
@@ -440,7 +625,8 @@ def test_a_step_reaches_every_mixer_and_nothing_else(family, mixer, stage):
     teacher = tiny.teacher(family)
     student, batch = to_hybrid(teacher, mixer=mixer), collate(conversation(family), PROCESSORS[family])
     keys, inputs = batch.pop("keys"), {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(): before = teacher(**inputs).logits
+    with torch.no_grad():
+        before = teacher(**inputs).logits
     pair_with_teacher(student, teacher)
     settings, phases = TrainSettings(token_budget=1000), Phases(torch.device("cpu"))
     loss = step_loss(stage, student, family_of(student), batch, keys, CONDITIONS["C4"], settings, phases)["loss"]
@@ -449,19 +635,25 @@ def test_a_step_reaches_every_mixer_and_nothing_else(family, mixer, stage):
     mixers = mixer_parameters(student)
     assert {name for name, p in student.named_parameters() if p.grad is not None} == mixers.keys()
     assert all(p.grad.any() for p in mixers.values())
-    with torch.no_grad(), teacher_path(student): assert torch.equal(student(**inputs).logits, before)
+    with torch.no_grad(), teacher_path(student):
+        assert torch.equal(student(**inputs).logits, before)
 
 
 # The paper's size
 
-@pytest.mark.parametrize("name, teacher_billions", [("qwen3-vl-8b", 8.767), ("internvl-3.5-8b", 8.528), ("glm-4.6v-flash", 10.293),
-                                                    ("minicpm-v-4.5", 8.696)])  # MiniCPM's configuration is UNVERIFIED
+
+@pytest.mark.parametrize(
+    "name, teacher_billions",
+    [("qwen3-vl-8b", 8.767), ("internvl-3.5-8b", 8.528), ("glm-4.6v-flash", 10.293), ("minicpm-v-4.5", 8.696)],
+)  # MiniCPM's configuration is UNVERIFIED
 def test_the_papers_teachers_and_their_hybrids_have_their_size(name, teacher_billions):
     config = paper_config(name)
-    with torch.device("meta"): teacher = AutoModelForImageTextToText.from_config(config)
+    with torch.device("meta"):
+        teacher = AutoModelForImageTextToText.from_config(config)
     hybrids = {}
     for mixer in MIXERS:
-        with torch.device("meta"): hybrids[mixer] = HYBRIDS[config.model_type]._from_config(hybrid_config(config, mixer=mixer))
+        with torch.device("meta"):
+            hybrids[mixer] = HYBRIDS[config.model_type]._from_config(hybrid_config(config, mixer=mixer))
     count = lambda model: sum(p.numel() for p in model.parameters())
     assert round(count(teacher) / 1e9, 3) == teacher_billions
     text = config.text_config
@@ -471,12 +663,18 @@ def test_the_papers_teachers_and_their_hybrids_have_their_size(name, teacher_bil
     gate_and_dt = d * d + d * h
     assert count(hybrids["mamba2"]) - count(teacher) == layers * (gate_and_dt + conv + 3 * h + 128 - qk_norm)
     assert count(hybrids["gdn"]) - count(teacher) == layers * (gate_and_dt + d * h + conv + 2 * h + 128 - qk_norm)
-    assert {"qwen3_vl": 457, "internvl": 457, "glm4v": 507, "minicpmv": 457}[config.model_type] == round(layers * gate_and_dt / 1e6)
-    theirs, kept = {name: p.shape for name, p in teacher.named_parameters()}, {name: p.shape for name, p in hybrids["mamba2"].named_parameters()}
+    assert {"qwen3_vl": 457, "internvl": 457, "glm4v": 507, "minicpmv": 457}[config.model_type] == round(
+        layers * gate_and_dt / 1e6
+    )
+    theirs, kept = (
+        {name: p.shape for name, p in teacher.named_parameters()},
+        {name: p.shape for name, p in hybrids["mamba2"].named_parameters()},
+    )
     assert all(kept[name] == shape for name, shape in theirs.items() if name in kept)
 
 
 # Faults. One line each, before anything is computed.
+
 
 def fails(match, call, *args, **kwargs):
     with pytest.raises(ValueError, match=match) as caught:
@@ -493,8 +691,13 @@ def test_unknown_layer_types_are_named(family, tmp_path):
     student.save_pretrained(tmp_path / "student")
     PROCESSORS[family].save_pretrained(tmp_path / "student")
     config = tmp_path / "student" / "config.json"
-    for types, message in ((["linear_attention"] * 3 + ["sparse_attention"], "unknown layer type 'sparse_attention'; one of linear_attention, full_attention"),
-                           (["full_attention"] * 3, "layer_types names 3 layers, num_hidden_layers is 4")):
+    for types, message in (
+        (
+            ["linear_attention"] * 3 + ["sparse_attention"],
+            "unknown layer type 'sparse_attention'; one of linear_attention, full_attention",
+        ),
+        (["full_attention"] * 3, "layer_types names 3 layers, num_hidden_layers is 4"),
+    ):
         change(config, text_config=json.loads(config.read_text())["text_config"] | dict(layer_types=types))
         fails(message, load_teacher, tmp_path / "student")
         fails(message, AutoModelForImageTextToText.from_pretrained, tmp_path / "student")
@@ -507,9 +710,15 @@ def test_decoders_that_are_not_supported_are_named(tmp_path):
     config.text_config.layer_types[3] = "unheard_of"
     teacher_of("internvl").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    fails("config.json in .* can't be used: .*unheard_of|config.json in .* can't be used: .*layer_types", load_teacher, tmp_path)
+    fails(
+        "config.json in .* can't be used: .*unheard_of|config.json in .* can't be used: .*layer_types",
+        load_teacher,
+        tmp_path,
+    )
     change(tmp_path / "config.json", text_config=dict(model_type="qwen2"))
-    fails("config.json in .* can't be used: unsupported decoder 'qwen2' of internvl; only qwen3", load_teacher, tmp_path)
+    fails(
+        "config.json in .* can't be used: unsupported decoder 'qwen2' of internvl; only qwen3", load_teacher, tmp_path
+    )
     change(tmp_path / "config.json", model_type="llava")
     fails("unsupported model type 'llava'; one of qwen3_vl, ", load_teacher, tmp_path)
     config = tiny.config("glm4v")

@@ -1,4 +1,5 @@
 "The front page is short, its links lead somewhere, and its ten lines of Python run."
+
 import json
 import re
 from pathlib import Path
@@ -53,5 +54,6 @@ def test_ten_lines_convert_distil_and_evaluate(tmp_path, monkeypatch, capsys):
     assert scores and all(0 <= score <= 100 for score in scores.values())
 
     from transformers import AutoModelForImageTextToText  # the student is found once heed_nb is imported
+
     (loading,) = re.findall(r"`(AutoModelForImageTextToText[^`]+)`", README)
     assert eval(loading).config.text_config.layer_types.count("linear_attention") == 3

@@ -1,4 +1,5 @@
 "The hybrid: its conversion, gradients, weights on disk, the pair with its teacher (padding, caches and loading: test_families)."
+
 import copy
 
 import pytest
@@ -8,26 +9,61 @@ from safetensors import safe_open
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from heed_nb.hybrid import (kept_layers, mixer_parameters, pair_with_teacher, teacher_path, to_hybrid,
-    transferred_parameters, unpair)
+from heed_nb.hybrid import (
+    kept_layers,
+    mixer_parameters,
+    pair_with_teacher,
+    teacher_path,
+    to_hybrid,
+    transferred_parameters,
+    unpair,
+)
 from heed_nb.mixers import MIXERS, Mamba2Mixer
 
 torch.set_num_threads(1)
 IMAGE = 90
 
+
 def tiny_teacher(layers=4):
     "A random Qwen3-VL of 32 channels whose pad token's embedding is not zero."
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    teacher = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-        text_config=dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-                         head_dim=8, initializer_range=0.15,
-                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True)),
-        vision_config=dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2,
-                           out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0]),
-        image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)).eval()
+    teacher = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=dict(
+                vocab_size=96,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                initializer_range=0.15,
+                rope_parameters=dict(
+                    rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True
+                ),
+            ),
+            vision_config=dict(
+                depth=2,
+                hidden_size=16,
+                intermediate_size=24,
+                num_heads=2,
+                patch_size=4,
+                spatial_merge_size=2,
+                temporal_patch_size=2,
+                out_hidden_size=32,
+                num_position_embeddings=16,
+                deepstack_visual_indexes=[0],
+            ),
+            image_token_id=IMAGE,
+            video_token_id=91,
+            vision_start_token_id=92,
+            vision_end_token_id=93,
+        )
+    ).eval()
     torch.random.set_rng_state(state)
     return teacher
+
 
 def batch_of(samples, side="left"):
     "A batch of (number of images, text length) pairs, each made from its own numbers alone."
@@ -42,33 +78,45 @@ def batch_of(samples, side="left"):
         place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
     batch = dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == IMAGE).long())
-    if pixels: batch |= dict(pixel_values=torch.cat(pixels), image_grid_thw=torch.tensor([[1, 4, 6]] * len(pixels)))
+    if pixels:
+        batch |= dict(pixel_values=torch.cat(pixels), image_grid_thw=torch.tensor([[1, 4, 6]] * len(pixels)))
     return batch
+
 
 SAMPLES = [(1, 5), (0, 9), (2, 3)]  # one image, text only, two images
 RATES = dict(mamba2={"D", "dt_proj.weight"}, gdn={"a_proj.weight", "b_proj.weight"})
 kinds = pytest.mark.parametrize("kind", MIXERS)
 
+
 @pytest.fixture(scope="module")
-def teacher(): return tiny_teacher()
+def teacher():
+    return tiny_teacher()
+
 
 def in_bfloat16(model):
     "As from_pretrained makes it: parameters alone, rotary frequencies stay in float32."
-    for p in model.parameters(): p.data = p.data.to(torch.bfloat16)
+    for p in model.parameters():
+        p.data = p.data.to(torch.bfloat16)
     return model
+
 
 def hybrid(teacher, **kwargs):
     "A student whose mixers are off their start, so that every part of them matters."
     student = to_hybrid(teacher, **kwargs)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in mixer_parameters(student).values(): p += (0.2 * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        for p in mixer_parameters(student).values():
+            p += (0.2 * torch.randn(p.shape, generator=generator)).to(p.dtype)
     return student
 
+
 @pytest.fixture(scope="module")
-def paper_student(teacher): return hybrid(teacher)
+def paper_student(teacher):
+    return hybrid(teacher)
+
 
 # The conversion
+
 
 @kinds
 def test_everything_but_the_mixers_is_the_teachers(teacher, kind):
@@ -81,15 +129,22 @@ def test_everything_but_the_mixers_is_the_teachers(teacher, kind):
     assert all(torch.equal(before[name], p) for name, p in theirs.items()) and before.keys() == theirs.keys()
     for name, p in ours.items():
         if name not in mixers or name in transferred:
-            assert torch.equal(p, theirs[name]) and p.dtype == theirs[name].dtype and p.data_ptr() != theirs[name].data_ptr(), name
+            assert (
+                torch.equal(p, theirs[name])
+                and p.dtype == theirs[name].dtype
+                and p.data_ptr() != theirs[name].data_ptr()
+            ), name
     prefix = "model.language_model.layers."
     assert transferred == [f"{prefix}{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkvo"]
     new = {"A_log", "conv_weight", "dt_bias", "g_proj.weight", "norm.weight"} | RATES[kind]
     assert set(mixers) - set(transferred) == {f"{prefix}{i}.self_attn.{name}" for i in range(3) for name in new}
     assert set(theirs) - set(ours) == {f"{prefix}{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
-    assert {name: type(m) for name, m in student.named_modules() if "self_attn" not in name and name}.keys() == \
-           {name: type(m) for name, m in teacher.named_modules() if "self_attn" not in name and name}.keys()
-    for (name, a), (_, b) in zip(student.named_buffers(), teacher.named_buffers()): assert torch.equal(a, b), name
+    assert {name: type(m) for name, m in student.named_modules() if "self_attn" not in name and name}.keys() == {
+        name: type(m) for name, m in teacher.named_modules() if "self_attn" not in name and name
+    }.keys()
+    for (name, a), (_, b) in zip(student.named_buffers(), teacher.named_buffers()):
+        assert torch.equal(a, b), name
+
 
 def test_conversion_is_deterministic(teacher):
     a, b, c = (mixer_parameters(to_hybrid(teacher, seed=seed)) for seed in (3, 3, 4))
@@ -98,22 +153,31 @@ def test_conversion_is_deterministic(teacher):
     layers = [a[f"model.language_model.layers.{i}.self_attn.g_proj.weight"] for i in range(3)]
     assert not torch.equal(layers[0], layers[1])
 
+
 def test_qk_norm_is_the_teachers(teacher):
-    with torch.no_grad(): teacher.model.language_model.layers[0].self_attn.q_norm.weight.fill_(0.5)
+    with torch.no_grad():
+        teacher.model.language_model.layers[0].self_attn.q_norm.weight.fill_(0.5)
     student = to_hybrid(teacher, qk_norm=True)
     assert torch.equal(student.model.language_model.layers[0].self_attn.q_norm.weight, torch.full((8,), 0.5))
     assert "model.language_model.layers.0.self_attn.q_norm.weight" in transferred_parameters(student)
 
+
 @kinds
 def test_without_weight_transfer_the_mixers_alone_are_random(kind, teacher):
-    inherited, student = (to_hybrid(teacher, mixer=kind, init="identity", seed=1, weight_transfer=transfer) for transfer in (True, False))
+    inherited, student = (
+        to_hybrid(teacher, mixer=kind, init="identity", seed=1, weight_transfer=transfer) for transfer in (True, False)
+    )
     mixers, transferred, theirs = mixer_parameters(student), transferred_parameters(student), teacher.state_dict()
     for name, p in student.state_dict().items():
-        if name not in transferred: assert p.equal(inherited.state_dict()[name]), name
-        elif "norm" in name: assert torch.equal(p, torch.ones_like(p))
-        else: assert 0 < p.abs().max() <= 0.04 and 0.015 < p.std() < 0.02 and not p.equal(theirs[name]), name
+        if name not in transferred:
+            assert p.equal(inherited.state_dict()[name]), name
+        elif "norm" in name:
+            assert torch.equal(p, torch.ones_like(p))
+        else:
+            assert 0 < p.abs().max() <= 0.04 and 0.015 < p.std() < 0.02 and not p.equal(theirs[name]), name
     again = to_hybrid(teacher, mixer=kind, init="identity", seed=1, weight_transfer=False)
     assert all(p.equal(mixer_parameters(again)[name]) for name, p in mixers.items())
+
 
 @pytest.mark.parametrize("given, kept", [(None, [3, 7]), ("last", [3, 7]), ("first", [0, 4]), ([7, 1], [1, 7])])
 def test_which_layers_keep_attention(given, kept):
@@ -121,12 +185,17 @@ def test_which_layers_keep_attention(given, kept):
     student = to_hybrid(tiny_teacher(layers=8), attention_layers=given)
     types = student.config.text_config.layer_types
     assert [i for i, kind in enumerate(types) if kind == "full_attention"] == kept
-    assert [i for i, layer in enumerate(student.model.language_model.layers) if not isinstance(layer.self_attn, Mamba2Mixer)] == kept
+    assert [
+        i for i, layer in enumerate(student.model.language_model.layers) if not isinstance(layer.self_attn, Mamba2Mixer)
+    ] == kept
+
 
 def test_bad_conversions(teacher, paper_student):
     def refused(message, model=teacher, **kwargs):
-        with pytest.raises(ValueError, match=message) as error: to_hybrid(model, **kwargs)
+        with pytest.raises(ValueError, match=message) as error:
+            to_hybrid(model, **kwargs)
         assert "\n" not in str(error.value)
+
     refused("unknown mixer 'mamba3'; one of mamba2", mixer="mamba3")
     refused("unknown init 'zeros'; one of paper, mamba, identity", init="zeros")
     refused("unknown mixer field 'kernel'; one of conv_kernel", kernel=4)
@@ -134,16 +203,20 @@ def test_bad_conversions(teacher, paper_student):
     refused("6 layers can't be split 3:1", tiny_teacher(layers=6))
     refused("attention_layers is 'middle'; 'last', 'first' or a list", attention_layers="middle")
     refused("attention_layers is 3; 'last', 'first' or a list", attention_layers=3)
-    for layers in ([4], [-1], [1, 1], []): refused("attention_layers is .*; one or more different indices from 0 to 3", attention_layers=layers)
+    for layers in ([4], [-1], [1, 1], []):
+        refused("attention_layers is .*; one or more different indices from 0 to 3", attention_layers=layers)
     refused("unsupported teacher 'hybrid_qwen3_vl'; one of qwen3_vl", paper_student)
     refused("unsupported teacher 'Linear'; one of qwen3_vl", torch.nn.Linear(2, 2))
 
+
 # Inside transformers
+
 
 def gradients(student, batch):
     student.zero_grad()
     student(**batch, labels=batch["input_ids"]).loss.backward()
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
 
 @kinds
 def test_gradient_checkpointing_gives_the_same_gradients(teacher, kind):
@@ -154,40 +227,57 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher, kind):
     assert plain.keys() == checkpointed.keys() >= mixer_parameters(student).keys()
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
+
 def test_gradients_pass_padding_by(teacher):
     "A sample padded on either side and inside: its gradients are those of the sample alone, for each mixer parameter."
     student, single = hybrid(teacher), batch_of([(1, 5)])
     single["labels"] = single["input_ids"].clone()
     single["labels"][:, [0, -2]] = -100  # which padding would predict
+
     def padded(x, fill):
         start, end = x.tensor_split([-2], 1)
         return torch.cat([F.pad(start, (4, 3), value=fill), F.pad(end, (0, 2), value=fill)], 1)
+
     def grads(batch):
         student.zero_grad()
         student(**batch).loss.backward()
         return {name: p.grad.clone() for name, p in mixer_parameters(student).items()}
+
     fills = dict(input_ids=7, attention_mask=0, mm_token_type_ids=0, labels=-100)
     batch = single | {key: padded(single[key], fill) for key, fill in fills.items()}
-    for (name, a), b in zip(grads(single).items(), grads(batch).values()): assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+    for (name, a), b in zip(grads(single).items(), grads(batch).values()):
+        assert_close(a, b, atol=1e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
 
 @kinds
 def test_compiles_as_one_graph(kind):
     torch._dynamo.reset()
     decoder = hybrid(tiny_teacher(layers=2), mixer=kind, attention_layers=[1]).model.language_model
-    embeds, mask = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([[0] * 3 + [1] * 6, [1] * 3 + [0] * 4 + [1] * 2])
+    embeds, mask = (
+        torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[0] * 3 + [1] * 6, [1] * 3 + [0] * 4 + [1] * 2]),
+    )
+
     def run(f):
         x = embeds.clone().requires_grad_()
         y = f(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
         (y * mask[..., None]).square().sum().backward()
         return y.detach()[mask.bool()], x.grad
-    for a, b in zip(run(torch.compile(decoder, backend="aot_eager", fullgraph=True)), run(decoder)): assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+    for a, b in zip(run(torch.compile(decoder, backend="aot_eager", fullgraph=True)), run(decoder)):
+        assert_close(a, b, atol=1e-4, rtol=1e-3)
+
 
 @torch.no_grad()
 @kinds
 def test_bfloat16(kind):
     student = hybrid(in_bfloat16(tiny_teacher()), mixer=kind)
     kept = {name for name, p in student.named_parameters() if p.dtype == torch.float32}
-    assert kept == {f"model.language_model.layers.{i}.self_attn.{p}" for i in range(3) for p in {"A_log", "dt_bias"} | RATES[kind] & {"D"}}
+    assert kept == {
+        f"model.language_model.layers.{i}.self_attn.{p}"
+        for i in range(3)
+        for p in {"A_log", "dt_bias"} | RATES[kind] & {"D"}
+    }
     batch = batch_of(SAMPLES)
     cache = DynamicCache(config=student.config)
     logits = student(**batch, past_key_values=cache, use_cache=True).logits
@@ -199,11 +289,16 @@ def test_bfloat16(kind):
     assert (logits.float()[real] - expected).norm() < dict(mamba2=0.1, gdn=0.15)[kind] * expected.norm()
     how = dict(max_new_tokens=4, do_sample=False, pad_token_id=7)
     assert student.generate(**batch, **how).shape == student.generate(**batch, **how, use_cache=False).shape
-    mixer, u = student.model.language_model.layers[0].self_attn, torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mixer, u = (
+        student.model.language_model.layers[0].self_attn,
+        torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    )
     y, expected = mixer(u)[0].float(), mixer.float()(u.float())[0]
     assert (y - expected).norm() < 0.02 * expected.norm()
 
+
 # Saving and loading
+
 
 def test_tied_embeddings_stay_tied(tmp_path):
     teacher = tiny_teacher()
@@ -215,27 +310,40 @@ def test_tied_embeddings_stay_tied(tmp_path):
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
+
 def test_a_truncated_weights_file_is_an_error(paper_student, tmp_path):
     paper_student.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(Exception, match="(?i)incomplete|too short|InvalidHeader|metadata"): AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(Exception, match="(?i)incomplete|too short|InvalidHeader|metadata"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
 
 def test_a_missing_tensor_is_an_error(paper_student, tmp_path):
     "Where its caller asks for the list of missing tensors instead, that one starts and the others are loaded."
-    paper_student.save_pretrained(tmp_path, state_dict={k: v for k, v in paper_student.state_dict().items() if not k.endswith("0.self_attn.A_log")})
-    with pytest.raises(ValueError, match="the weights in .* do not fit its config.json: 1 tensors are missing or of another shape, first model.language_model.layers.0.self_attn.A_log"):
+    paper_student.save_pretrained(
+        tmp_path,
+        state_dict={k: v for k, v in paper_student.state_dict().items() if not k.endswith("0.self_attn.A_log")},
+    )
+    with pytest.raises(
+        ValueError,
+        match="the weights in .* do not fit its config.json: 1 tensors are missing or of another shape, first model.language_model.layers.0.self_attn.A_log",
+    ):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
     loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert report["missing_keys"] == {"model.language_model.layers.0.self_attn.A_log"}
-    for name, p in mixer_parameters(paper_student).items(): assert torch.equal(p, loaded.state_dict()[name]) != name.endswith("0.self_attn.A_log"), name
+    for name, p in mixer_parameters(paper_student).items():
+        assert torch.equal(p, loaded.state_dict()[name]) != name.endswith("0.self_attn.A_log"), name
+
 
 # Teacher and student in one
+
 
 @pytest.fixture
 def pair():
     teacher = tiny_teacher()
     return hybrid(teacher), teacher
+
 
 @torch.no_grad()
 def test_teacher_path_is_the_teacher(pair):
@@ -253,6 +361,7 @@ def test_teacher_path_is_the_teacher(pair):
     assert torch.equal(student(**batch).logits, students)
     assert not torch.equal(students, teachers)
 
+
 def test_teacher_path_leaves_the_students_graph_alone(pair):
     student, teacher = pair
     batch = batch_of(SAMPLES)
@@ -262,19 +371,23 @@ def test_teacher_path_leaves_the_students_graph_alone(pair):
     student.zero_grad()
     pair_with_teacher(student, teacher)
     alive = loss()
-    with teacher_path(student), torch.no_grad(): student(**batch)
+    with teacher_path(student), torch.no_grad():
+        student(**batch)
     alive.backward()
     assert all(torch.equal(p.grad, expected[name]) for name, p in mixer_parameters(student).items())
     assert all(p.grad is None for p in teacher.parameters())
+
 
 def test_teacher_path_ends_on_an_error_and_nests(pair):
     student, teacher = pair
     pair_with_teacher(student, teacher)
     types, mixers = student.config.text_config.layer_types, mixer_parameters(student)
     with pytest.raises(ZeroDivisionError):
-        with teacher_path(student), teacher_path(student): 1 / 0
+        with teacher_path(student), teacher_path(student):
+            1 / 0
     assert student.config.text_config.layer_types == types and mixer_parameters(student).keys() == mixers.keys()
     assert isinstance(student.model.language_model.layers[0].self_attn, Mamba2Mixer)
+
 
 def test_a_pair_holds_frozen_weights_once(pair):
     student, teacher = pair
@@ -285,27 +398,42 @@ def test_a_pair_holds_frozen_weights_once(pair):
         assert (p.data_ptr() in theirs) != (name in mixers), name
         assert p.requires_grad == (name in mixers), name
     total = lambda parameters: sum(p.numel() for p in parameters)
-    assert total({id(p): p for model in pair for p in model.parameters()}.values()) == total(teacher.parameters()) + total(mixers.values())
+    assert total({id(p): p for model in pair for p in model.parameters()}.values()) == total(
+        teacher.parameters()
+    ) + total(mixers.values())
+
 
 @pytest.mark.parametrize("how", ["paired", "unpaired"])
 def test_a_saved_student_carries_no_teacher(pair, tmp_path, how):
     student, teacher = pair
     names, batch = set(student.state_dict()), batch_of(SAMPLES)
     pair_with_teacher(student, teacher)
-    with torch.no_grad(): logits = student(**batch).logits
+    with torch.no_grad():
+        logits = student(**batch).logits
     if how == "unpaired":
         assert unpair(student) is student and set(student.state_dict()) == names
         with pytest.raises(ValueError, match="the student has no teacher"):
-            with teacher_path(student): pass
+            with teacher_path(student):
+                pass
     student.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as f: assert set(f.keys()) == names
+    with safe_open(tmp_path / "model.safetensors", "pt") as f:
+        assert set(f.keys()) == names
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    with torch.no_grad(): assert torch.equal(loaded(**batch).logits, logits)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, logits)
     pair_with_teacher(loaded, teacher)
-    with torch.no_grad(), teacher_path(loaded): assert torch.equal(loaded(**batch).logits, teacher(**batch).logits)
+    with torch.no_grad(), teacher_path(loaded):
+        assert torch.equal(loaded(**batch).logits, teacher(**batch).logits)
+
 
 def test_a_different_teacher_is_refused(pair):
     student, teacher = pair
-    with torch.no_grad(): teacher.model.language_model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match=r"model\.language_model\.layers\.2\.mlp\.up_proj\.weight differs from the teacher's"): pair_with_teacher(student, teacher)
-    assert not hasattr(student.model.language_model.layers[0], "teacher_attn") and all(p.requires_grad for p in teacher.parameters())
+    with torch.no_grad():
+        teacher.model.language_model.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    with pytest.raises(
+        ValueError, match=r"model\.language_model\.layers\.2\.mlp\.up_proj\.weight differs from the teacher's"
+    ):
+        pair_with_teacher(student, teacher)
+    assert not hasattr(student.model.language_model.layers[0], "teacher_attn") and all(
+        p.requires_grad for p in teacher.parameters()
+    )

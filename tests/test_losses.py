@@ -1,4 +1,5 @@
 "Eq. 1, 4 and 5 against loops written from the paper, and the memory that the chunked KL holds."
+
 import math
 
 import pytest
@@ -6,7 +7,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from heed_nb.losses import DISTANCES, kd_terms, matrix_orientation, next_is_text, record_inputs, record_outputs, residual_alignment
+from heed_nb.losses import (
+    DISTANCES,
+    kd_terms,
+    matrix_orientation,
+    next_is_text,
+    record_inputs,
+    record_outputs,
+    residual_alignment,
+)
 
 
 def eq_5(student, teacher, weights):
@@ -27,16 +36,23 @@ def test_alignment_is_eq_5_and_eq_4(layers):
     weights = mask * torch.rand(2, 6, dtype=torch.float64)
     for w in (weights, mask):
         assert residual_alignment(student, teacher, w).item() == pytest.approx(eq_5(student, teacher, w), rel=1e-12)
-    assert residual_alignment(student, teacher).item() == pytest.approx(eq_5(student, teacher, torch.ones(2, 6)), rel=1e-12)
+    assert residual_alignment(student, teacher).item() == pytest.approx(
+        eq_5(student, teacher, torch.ones(2, 6)), rel=1e-12
+    )
 
 
 def test_layers_may_have_weights_of_their_own():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 2, 6, 4, dtype=torch.float64)
     weights = torch.rand(3, 2, 6, dtype=torch.float64)
-    expected = sum(eq_5([s], [t], w) * w.sum().item() for s, t, w in zip(student, teacher, weights)) / weights.sum().item()
+    expected = (
+        sum(eq_5([s], [t], w) * w.sum().item() for s, t, w in zip(student, teacher, weights)) / weights.sum().item()
+    )
     assert residual_alignment(list(student), list(teacher), weights).item() == pytest.approx(expected, rel=1e-12)
-    assert_close(residual_alignment(list(student), list(teacher), weights[:1].expand(3, -1, -1)), residual_alignment(list(student), list(teacher), weights[0]))
+    assert_close(
+        residual_alignment(list(student), list(teacher), weights[:1].expand(3, -1, -1)),
+        residual_alignment(list(student), list(teacher), weights[0]),
+    )
     with pytest.raises(ValueError, match=r"weights are \(2, 2, 6\); 3 residuals of \(2, 6, 4\) take \(2, 6\)"):
         residual_alignment(list(student), list(teacher), weights[:2])
 
@@ -49,7 +65,9 @@ def test_prior_recipes_take_norms():
     off = [(s - t)[real] for s, t in zip(student, teacher)]
     of = lambda distance: residual_alignment(list(student), list(teacher), real.long(), distance=distance).item()
     assert of("norm") == pytest.approx(sum(row.norm().item() for layer in off for row in layer) / 30, rel=1e-12)
-    assert of("frobenius") == pytest.approx(sum(math.sqrt(sum(x * x for x in layer.flatten().tolist())) for layer in off) / 3, rel=1e-12)
+    assert of("frobenius") == pytest.approx(
+        sum(math.sqrt(sum(x * x for x in layer.flatten().tolist())) for layer in off) / 3, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -65,9 +83,9 @@ def test_padding_neither_counts_nor_pulls(distance):
 
 
 def test_bf16_residuals_are_compared_in_float32():
-    student, teacher = torch.full((1, 4, 256), 1.0), torch.full((1, 4, 256), 1.0 + 2 ** -7)
+    student, teacher = torch.full((1, 4, 256), 1.0), torch.full((1, 4, 256), 1.0 + 2**-7)
     loss = residual_alignment([student.bfloat16()], [teacher.bfloat16()])
-    assert loss.dtype == torch.float32 and loss.item() == 256 * 2 ** -14
+    assert loss.dtype == torch.float32 and loss.item() == 256 * 2**-14
 
 
 def test_orientation_is_the_mean_frobenius_norm_over_unpadded_pairs():
@@ -75,7 +93,11 @@ def test_orientation_is_the_mean_frobenius_norm_over_unpadded_pairs():
     student, teacher = torch.randn(2, 2, 3, 5, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
     real = [[p for p in range(5) if row[p]] for row in mask.tolist()]
-    norms = [math.sqrt(sum((student[b, h, i, j] - teacher[b, h, i, j]).item() ** 2 for i in real[b] for j in real[b])) for b in range(2) for h in range(3)]
+    norms = [
+        math.sqrt(sum((student[b, h, i, j] - teacher[b, h, i, j]).item() ** 2 for i in real[b] for j in real[b]))
+        for b in range(2)
+        for h in range(3)
+    ]
     student.requires_grad_()
     loss = matrix_orientation(student, teacher, mask)
     assert loss.item() == pytest.approx(sum(norms) / 6, rel=1e-12)

@@ -1,4 +1,5 @@
 "Many runs in one process: the same numbers as papermill's, stopped, resumed, skipped, and found by the batch."
+
 import json
 import re
 import shutil
@@ -45,68 +46,141 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("given, message", [
-    (dict(scale="smal"), "unknown scale 'smal'; one of paper, small, smoke, toy"),
-    (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0"),
-    (dict(seeds=["0"]), "seeds is ['0']; it takes a list of whole numbers"), (dict(seeds=[]), "seeds is []; it takes a list of whole numbers"),
-    (dict(budgets=[7]), "unknown budget 7 of scale smoke; one of 3000"),
-    (dict(teachers=["toy"]), "unknown teacher 'toy' of scale smoke; one of outputs/teachers/toy-qwen3vl, outputs/smoke/teacher"),
-    (dict(minutes=-1), "minutes is -1; it takes a number above 0, or nothing"),
-    (dict(minutes=float("nan")), "minutes is nan; a parameter of a notebook is plain, finite data"),
-    (dict(evaluate=1), "evaluate is 1; it takes True or False"),
-    (dict(scale="paper"), "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher 'Qwen/"),
-    (dict(minute=1), "unknown parameter 'minute' of nbs/runs/many.ipynb; allowed: scale"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(scale="smal"), "unknown scale 'smal'; one of paper, small, smoke, toy"),
+        (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0"),
+        (dict(seeds=["0"]), "seeds is ['0']; it takes a list of whole numbers"),
+        (dict(seeds=[]), "seeds is []; it takes a list of whole numbers"),
+        (dict(budgets=[7]), "unknown budget 7 of scale smoke; one of 3000"),
+        (
+            dict(teachers=["toy"]),
+            "unknown teacher 'toy' of scale smoke; one of outputs/teachers/toy-qwen3vl, outputs/smoke/teacher",
+        ),
+        (dict(minutes=-1), "minutes is -1; it takes a number above 0, or nothing"),
+        (dict(minutes=float("nan")), "minutes is nan; a parameter of a notebook is plain, finite data"),
+        (dict(evaluate=1), "evaluate is 1; it takes True or False"),
+        (
+            dict(scale="paper"),
+            "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher 'Qwen/",
+        ),
+        (dict(minute=1), "unknown parameter 'minute' of nbs/runs/many.ipynb; allowed: scale"),
+    ],
+)
 def test_a_wrong_choice_is_refused_in_one_line_before_any_work(given, message, copy):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         many(**given)
     assert "\n" not in str(error.value) and not (copy / "outputs/smoke").exists()
 
 
-@pytest.mark.parametrize("run, given, message", [
-    ("distill", dict(scale="paper"), "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher 'Qwen/Qwen3-VL-8B-Instruct' is neither "
-     "a folder nor in the hub's local cache: `hf download Qwen/Qwen3-VL-8B-Instruct` brings it there; it needs a GPU, and PyTorch finds none here"),
-    ("distill", dict(teacher="outputs/smoke/teacher"), "scale smoke can't train here: unknown teacher 'outputs/smoke/teacher'; there are outputs/teachers/toy-"),
-    ("distill", dict(overrides={"train.lr": 1.0}), "overrides {'train.lr': 1.0} make another run than scale smoke's: give its folder as `out`"),
-    ("evaluate", dict(scale="paper"), "teacher 'Qwen/Qwen3-VL-8B-Instruct' is neither a folder nor in the hub's local cache"),
-    ("evaluate", dict(condition="C1"), "no student in outputs/smoke/runs/C1-seed0-budget3000; run nbs/runs/distill.ipynb first"),
-    *((run, dict(overrides={"train.lr": 1.0}, out=""), "out is ''; it takes a text that is not empty, or nothing") for run in ("distill", "evaluate", "teacher")),
-    *((run, dict(seed=-1), "seed is -1; it takes a whole number from 0 to 4294967295") for run in ("distill", "evaluate", "diagnose")),
-    ("distill", dict(deadline=float("inf")), "deadline is inf; a parameter of a notebook is plain, finite data"),
-    ("distill", dict(token_budget=0), "token_budget is 0; it takes a whole number above 0, or nothing"),
-    ("distill", dict(overrides={"train.stages": [0.5, 0.5, "x"]}, out="x"), "stages is 'x'; it takes a value like 0.0"),
-    ("diagnose", dict(layers=[]), "layers is []; it takes a list of whole numbers of 0 or more, or nothing"), ("diagnose", dict(batch_size=0), "batch_size is 0"),
-    *(("teacher", dict(overrides={"teachers": {"outputs/smoke/teacher": given}}, out="x"), message) for given, message in (
-        (dict(read_steps=-1), "read_steps is -1; it must be 0 or more"), (dict(lr="nan"), "lr is nan; it must be 0 or more"), (dict(seed=[0]), "seed is [0]; it takes a value like 0"),
-        (dict(kinds=["form", "poem"]), "unknown kinds 'poem'; of "), (dict(model_type="gpt"), "unknown model_type 'gpt'; of "), (dict(steps=1), "unknown key 'steps' in teachers of scale smoke"))),
-    ("teacher", dict(teacher=["a"]), "teacher is ['a']; it takes a text that is not empty, or nothing"),
-])
+@pytest.mark.parametrize(
+    "run, given, message",
+    [
+        (
+            "distill",
+            dict(scale="paper"),
+            "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher 'Qwen/Qwen3-VL-8B-Instruct' is neither "
+            "a folder nor in the hub's local cache: `hf download Qwen/Qwen3-VL-8B-Instruct` brings it there; it needs a GPU, and PyTorch finds none here",
+        ),
+        (
+            "distill",
+            dict(teacher="outputs/smoke/teacher"),
+            "scale smoke can't train here: unknown teacher 'outputs/smoke/teacher'; there are outputs/teachers/toy-",
+        ),
+        (
+            "distill",
+            dict(overrides={"train.lr": 1.0}),
+            "overrides {'train.lr': 1.0} make another run than scale smoke's: give its folder as `out`",
+        ),
+        (
+            "evaluate",
+            dict(scale="paper"),
+            "teacher 'Qwen/Qwen3-VL-8B-Instruct' is neither a folder nor in the hub's local cache",
+        ),
+        (
+            "evaluate",
+            dict(condition="C1"),
+            "no student in outputs/smoke/runs/C1-seed0-budget3000; run nbs/runs/distill.ipynb first",
+        ),
+        *(
+            (run, dict(overrides={"train.lr": 1.0}, out=""), "out is ''; it takes a text that is not empty, or nothing")
+            for run in ("distill", "evaluate", "teacher")
+        ),
+        *(
+            (run, dict(seed=-1), "seed is -1; it takes a whole number from 0 to 4294967295")
+            for run in ("distill", "evaluate", "diagnose")
+        ),
+        ("distill", dict(deadline=float("inf")), "deadline is inf; a parameter of a notebook is plain, finite data"),
+        ("distill", dict(token_budget=0), "token_budget is 0; it takes a whole number above 0, or nothing"),
+        (
+            "distill",
+            dict(overrides={"train.stages": [0.5, 0.5, "x"]}, out="x"),
+            "stages is 'x'; it takes a value like 0.0",
+        ),
+        ("diagnose", dict(layers=[]), "layers is []; it takes a list of whole numbers of 0 or more, or nothing"),
+        ("diagnose", dict(batch_size=0), "batch_size is 0"),
+        *(
+            ("teacher", dict(overrides={"teachers": {"outputs/smoke/teacher": given}}, out="x"), message)
+            for given, message in (
+                (dict(read_steps=-1), "read_steps is -1; it must be 0 or more"),
+                (dict(lr="nan"), "lr is nan; it must be 0 or more"),
+                (dict(seed=[0]), "seed is [0]; it takes a value like 0"),
+                (dict(kinds=["form", "poem"]), "unknown kinds 'poem'; of "),
+                (dict(model_type="gpt"), "unknown model_type 'gpt'; of "),
+                (dict(steps=1), "unknown key 'steps' in teachers of scale smoke"),
+            )
+        ),
+        ("teacher", dict(teacher=["a"]), "teacher is ['a']; it takes a text that is not empty, or nothing"),
+    ],
+)
 def test_a_run_that_can_not_be_is_refused_in_one_line_before_any_work(run, given, message, copy):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         run_notebook(f"nbs/runs/{run}.ipynb", given)
     assert "\n" not in str(error.value) and not (copy / "outputs/smoke").exists()
 
 
-@pytest.mark.parametrize("lacking, message", [
-    ((), ""), (("config.json",), "teacher 'org/model' is neither a folder nor in the hub's local cache"),
-    (("b.safetensors",), "teacher 'org/model' lacks b.safetensors"), (("model.safetensors.index.json",), "teacher 'org/model' lacks model.safetensors")])
+@pytest.mark.parametrize(
+    "lacking, message",
+    [
+        ((), ""),
+        (("config.json",), "teacher 'org/model' is neither a folder nor in the hub's local cache"),
+        (("b.safetensors",), "teacher 'org/model' lacks b.safetensors"),
+        (("model.safetensors.index.json",), "teacher 'org/model' lacks model.safetensors"),
+    ],
+)
 def test_a_teacher_in_the_hubs_cache_is_one_that_is_whole(lacking, message, tmp_path, monkeypatch):
     folder = tmp_path / "models--org--model"
-    for name, text in {"refs/main": "c0", **{f"snapshots/c0/{name}": '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}' for name in
-                                             ("config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors") if name not in lacking}}.items():
+    for name, text in {
+        "refs/main": "c0",
+        **{
+            f"snapshots/c0/{name}": '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
+            for name in ("config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors")
+            if name not in lacking
+        },
+    }.items():
         write_file(folder / name, text)
     monkeypatch.setattr("heed_nb.batch.try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path))
     assert teacher_lacks("org/model").startswith(message) and bool(teacher_lacks("org/model")) == bool(message)
 
 
-@pytest.mark.parametrize("kind, key, was", [("distill", "lr", 1), ("distill", "init", "mamba"), ("evaluate", "questions", 3)])
+@pytest.mark.parametrize(
+    "kind, key, was", [("distill", "lr", 1), ("distill", "init", "mamba"), ("evaluate", "questions", 3)]
+)
 def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
     scale, folder = load_scale("smoke"), copy / "outputs/smoke/runs/C4-seed7-budget3000"
     made = dict(teacher=scale.teacher, data=scale.data, init=scale.init, settings=asdict(scale.settings(seed=7)))
     if kind == "evaluate":
         write_run(folder / "distill.json", "distill", made, {})
-    write_run(folder / f"{kind}.json", kind, made | (dict(settings=made["settings"] | {key: was}) if key == "lr" else {key: was}), {})
-    with pytest.raises(ValueError, match=rf"{kind}.json was made with {key} = {was!r}, scale smoke has .*; remove its folder$"):
+    write_run(
+        folder / f"{kind}.json",
+        kind,
+        made | (dict(settings=made["settings"] | {key: was}) if key == "lr" else {key: was}),
+        {},
+    )
+    with pytest.raises(
+        ValueError, match=rf"{kind}.json was made with {key} = {was!r}, scale smoke has .*; remove its folder$"
+    ):
         many(seeds=[7])
     assert sorted(path.name for path in folder.iterdir()) == sorted({"distill.json", f"{kind}.json"})
     shutil.rmtree(copy / "outputs/smoke")
@@ -115,8 +189,12 @@ def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
 def test_beside_another_batch_it_is_refused(copy):
     import heed_nb.lmms_model  # noqa: F401: before lmms-eval, which otherwise lets PIL read truncated images from then on
     from lmms_eval import evaluator
+
     evaluator._enable_reentrant_filelocks()  # as an evaluation does: from then on filelock's locks let their own process in
-    with alone(load_scale("smoke")), pytest.raises(ValueError, match="^another batch is running at scale smoke; wait for it or stop it$"):
+    with (
+        alone(load_scale("smoke")),
+        pytest.raises(ValueError, match="^another batch is running at scale smoke; wait for it or stop it$"),
+    ):
         many()
     with alone(load_scale("smoke")):  # and has let go of nothing that is not its own
         assert not (copy / "outputs/smoke/runs").exists()
@@ -127,9 +205,19 @@ def test_runs_are_removed_once_they_are_named_and_confirmed(copy, capsys):
     kept, folder = write_file(copy / "outputs/published/smoke/claims.md", "kept"), copy / "outputs/smoke"
     remove_runs("smoke")
     assert "nothing in" in capsys.readouterr().out and not folder.exists()
-    files = [write_file(folder / name, "hours") for name in ("runs/C4/distill.json", "runs/C4/checkpoint/step-5.safetensors", "teacher/checkpoint.safetensors", "tables/table_01.md")]
+    files = [
+        write_file(folder / name, "hours")
+        for name in (
+            "runs/C4/distill.json",
+            "runs/C4/checkpoint/step-5.safetensors",
+            "teacher/checkpoint.safetensors",
+            "tables/table_01.md",
+        )
+    ]
     for confirmed in ("", "toy"):
-        with pytest.raises(ValueError, match="^nothing is removed; `make clean-runs SCALE=smoke CONFIRM=smoke` removes all of "):
+        with pytest.raises(
+            ValueError, match="^nothing is removed; `make clean-runs SCALE=smoke CONFIRM=smoke` removes all of "
+        ):
             remove_runs("smoke", confirmed)
         assert all(file.exists() for file in files)
     with alone(load_scale("smoke")), pytest.raises(ValueError, match="another batch is running"):
@@ -156,20 +244,45 @@ def test_stopped_resumed_and_skipped_it_has_papermills_numbers(copy, tmp_path, m
 
     states, began = many()
     assert began == ["C0", "C4-seed0-budget3000"]
-    assert states == dict.fromkeys(began, "done") | {"teacher/C0": "no teacher", "teacher/C4-seed0-budget3000": "no teacher"}
+    assert states == dict.fromkeys(began, "done") | {
+        "teacher/C0": "no teacher",
+        "teacher/C4-seed0-budget3000": "no teacher",
+    }
     before = contents(copy / "outputs/smoke")
     assert many()[1] == [] and contents(copy / "outputs/smoke") == before
 
     for kind in ("distill", "evaluate"):
-        subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", f"nbs/runs/{kind}.ipynb", tmp_path / f"{kind}.ipynb", "--no-progress-bar",
-                        "-y", json.dumps(dict(scale="smoke", condition="C4", out=str(tmp_path / "run")))], check=True, capture_output=True)
-        ours, papermills = (json.loads((folder / f"{kind}.json").read_text()) for folder in (copy / C4, tmp_path / "run"))
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "papermill",
+                "-k",
+                "python3",
+                f"nbs/runs/{kind}.ipynb",
+                tmp_path / f"{kind}.ipynb",
+                "--no-progress-bar",
+                "-y",
+                json.dumps(dict(scale="smoke", condition="C4", out=str(tmp_path / "run"))),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        ours, papermills = (
+            json.loads((folder / f"{kind}.json").read_text()) for folder in (copy / C4, tmp_path / "run")
+        )
         assert ours["parameters"] == papermills["parameters"]
         timeless = lambda numbers: {key: value for key, value in numbers.items() if "second" not in key}
         assert timeless(ours["numbers"]) == timeless(papermills["numbers"])
-    assert (copy / C4 / "student/model.safetensors").read_bytes() == (tmp_path / "run/student/model.safetensors").read_bytes()
+    assert (copy / C4 / "student/model.safetensors").read_bytes() == (
+        tmp_path / "run/student/model.safetensors"
+    ).read_bytes()
 
-    said = subprocess.run([sys.executable, "-m", "snakemake", "--dry-run", "--config", "scale=smoke", "conditions=C4", "--", "all"], capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--dry-run", "--config", "scale=smoke", "conditions=C4", "--", "all"],
+        capture_output=True,
+        text=True,
+    ).stdout
     planned = re.findall(r"Job \d+: (.*)", said)
     assert "table_01" in planned and [job for job in planned if re.match(r"(distill|evaluate) C", job)] == []
 
@@ -180,6 +293,8 @@ def test_a_run_that_fails_leaves_the_others_and_is_named(copy, monkeypatch):
         raise FloatingPointError("loss is nan")
 
     monkeypatch.setattr(trainer, "learning_rate", broken)
-    with pytest.raises(RuntimeError, match="^1 of 1 runs failed; .* C4-seed1-budget3000: FloatingPointError: loss is nan$"):
+    with pytest.raises(
+        RuntimeError, match="^1 of 1 runs failed; .* C4-seed1-budget3000: FloatingPointError: loss is nan$"
+    ):
         many(seeds=[1], teachers=["outputs/teachers/toy-qwen3vl"], evaluate=False)
     assert "loss is nan" in (copy / "outputs/smoke/runs/C4-seed1-budget3000/distill.ipynb").read_text()

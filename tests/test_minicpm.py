@@ -1,4 +1,5 @@
 "MiniCPM-V 4.5 against plain forms of its parts, the library's own tower, and itself: alone, batched, cached, saved."
+
 import json
 
 import numpy as np
@@ -16,23 +17,54 @@ from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import Min
 from transformers.vision_utils import get_vision_nearest_position_ids
 
 from heed_nb.density import patch_density
-from heed_nb.minicpm import (MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Model, MiniCPMV45Processor, MiniCPMV45Resampler, MiniCPMVImageProcessor,
-    patch_positions, sincos_positions, slice_grid, slice_size)
+from heed_nb.minicpm import (
+    MiniCPMV45Config,
+    MiniCPMV45ForConditionalGeneration,
+    MiniCPMV45Model,
+    MiniCPMV45Processor,
+    MiniCPMV45Resampler,
+    MiniCPMVImageProcessor,
+    patch_positions,
+    sincos_positions,
+    slice_grid,
+    slice_size,
+)
 from heed_nb.teachers import family_of, load_teacher, paper_config
 
 torch.set_num_threads(1)
 QUERIES, PATCH, SCALE = 6, 4, 32
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<unk>",
+    "<image>",
+    "</image>",
+    "<slice>",
+    "</slice>",
+    "<image_id>",
+    "</image_id>",
+]
 WORDS = SPECIAL + ["user", "assistant", "what", "stands", "here", "and", "there", *"0123456789", "<", ">", "\n"]
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
 IMAGE = SPECIAL.index("<unk>")
 
 
 def tiny_tokenizer(**kwargs):
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<|endoftext|>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=SPECIAL[1:], **kwargs)
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL[1:],
+        **kwargs,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,43 +76,74 @@ def processor():
 def tiny_model(seed=0, **fields):
     "A random model whose pad token's embedding is not zero."
     torch.manual_seed(seed)
-    model = MiniCPMV45ForConditionalGeneration(MiniCPMV45Config(
-        text_config=dict(vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         head_dim=8, initializer_range=0.2),
-        vision_config=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, patch_size=PATCH, image_size=40),
-        query_num=QUERIES, image_token_id=IMAGE, **fields)).eval()
+    model = MiniCPMV45ForConditionalGeneration(
+        MiniCPMV45Config(
+            text_config=dict(
+                vocab_size=len(WORDS),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                initializer_range=0.2,
+            ),
+            vision_config=dict(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                patch_size=PATCH,
+                image_size=40,
+            ),
+            query_num=QUERIES,
+            image_token_id=IMAGE,
+            **fields,
+        )
+    ).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.startswith(("model.vpm", "model.resampler")): p.add_(0.2 * torch.randn(p.shape))  # off their starts: norms, biases, positions matter
+            if name.startswith(("model.vpm", "model.resampler")):
+                p.add_(0.2 * torch.randn(p.shape))  # off their starts: norms, biases, positions matter
     return model
 
 
 @pytest.fixture(scope="module")
-def model(): return tiny_model()
+def model():
+    return tiny_model()
 
 
 def picture(width, height, seed=0):
-    return Image.fromarray(torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).numpy())
+    return Image.fromarray(
+        torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).numpy()
+    )
 
 
 @pytest.fixture(scope="module")
 def samples():
     "No image, a small one, two of which one is sliced, one sliced."
-    return [("what", []), ("<unk> stands here", [picture(20, 30)]), ("<unk> and <unk> there", [picture(70, 40, 1), picture(24, 24, 2)]),
-            ("<unk> here and there", [picture(33, 90, 3)])]
+    return [
+        ("what", []),
+        ("<unk> stands here", [picture(20, 30)]),
+        ("<unk> and <unk> there", [picture(70, 40, 1), picture(24, 24, 2)]),
+        ("<unk> here and there", [picture(33, 90, 3)]),
+    ]
 
 
 def batch_of(samples, processor, side="left"):
     images = [image for _, images in samples for image in images]
-    return processor(text=[text for text, _ in samples], images=images or None, return_tensors="pt", padding=True, padding_side=side)
+    return processor(
+        text=[text for text, _ in samples], images=images or None, return_tensors="pt", padding=True, padding_side=side
+    )
 
 
 # Positions
 
+
 def test_sincos_positions_are_phases():
     "Sine and cosine of a phase, in complex numbers: columns in the first half, rows in the second."
     rows, columns, dim = 5, 9, 24
-    frequency = 10000. ** -(np.arange(dim // 4) / (dim // 4))
+    frequency = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
     got = sincos_positions(rows, columns, dim).view(rows, columns, dim).numpy()
     for i in range(rows):
         for j in range(columns):
@@ -90,14 +153,21 @@ def test_sincos_positions_are_phases():
 
 def test_patch_positions_are_the_checkpoints_to_the_rounding():
     "Its arithmetic: tensors of ints divided, steps of arange, strict buckets. The library's own for 4.6 rounds some otherwise."
+
     def theirs(n, side):
-        return torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / torch.tensor(n, dtype=torch.int32)), torch.arange(1 / side, 1.0, 1 / side), right=True)
+        return torch.bucketize(
+            torch.arange(0, 1 - 1e-6, 1 / torch.tensor(n, dtype=torch.int32)),
+            torch.arange(1 / side, 1.0, 1 / side),
+            right=True,
+        )
+
     differ = []
     for h in range(1, 200):
         sizes = torch.tensor([[h, 3], [2, h]])
         expected = [(theirs(a, 70)[:, None] * 70 + theirs(b, 70)).flatten() for a, b in sizes.tolist()]
         assert torch.equal(patch_positions(sizes, 70), torch.cat(expected))
-        if not torch.equal(patch_positions(sizes, 70), get_vision_nearest_position_ids(sizes, 70)): differ.append(h)
+        if not torch.equal(patch_positions(sizes, 70), get_vision_nearest_position_ids(sizes, 70)):
+            differ.append(h)
     assert differ[:5] == [25, 49, 50, 55, 58]
 
 
@@ -108,9 +178,13 @@ def test_patch_positions_of_the_trained_square_are_each_its_own():
 
 # Resampler
 
+
 def plain_resampler(r, features, rows, columns):
     "One slice, head by head: tokens and the mean of the heads' attention."
-    norm = lambda layer, x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+    norm = lambda layer, x: (
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt() * layer.weight
+        + layer.bias
+    )
     x, q = norm(r.ln_kv, features @ r.kv_proj.weight.T), norm(r.ln_q, r.query)
     heads, dim = r.attn.num_heads, len(r.proj)
     (wq, wk, wv), (bq, bk, bv) = r.attn.in_proj_weight.split(dim), r.attn.in_proj_bias.split(dim)
@@ -127,7 +201,8 @@ def plain_resampler(r, features, rows, columns):
 def test_resampler_is_its_equations():
     torch.manual_seed(1)
     resampler = MiniCPMV45Resampler(num_queries=5, embed_dim=24, num_heads=3, kv_dim=10).eval()
-    for p in resampler.parameters(): p.add_(0.5 * torch.randn(p.shape))
+    for p in resampler.parameters():
+        p.add_(0.5 * torch.randn(p.shape))
     sizes = torch.tensor([[3, 4], [1, 2], [2, 5]])
     mask = torch.arange(12) < sizes.prod(-1)[:, None]
     features = torch.randn(3, 12, 10)
@@ -147,15 +222,29 @@ def test_resampler_is_its_equations():
 SIZES = torch.tensor([[3, 5], [10, 10], [1, 4], [6, 2]])
 
 
-def pixels_of(sizes): return torch.randn(int(sizes.prod(-1).sum()), 3 * PATCH * PATCH, generator=torch.Generator().manual_seed(4))
+def pixels_of(sizes):
+    return torch.randn(int(sizes.prod(-1).sum()), 3 * PATCH * PATCH, generator=torch.Generator().manual_seed(4))
 
 
 @torch.no_grad()
 def test_tower_is_the_librarys_on_each_slice(model):
     "Idefics2's tower on the slice as a picture, with the same weights, gives the patches of the batch."
     config = model.config.vision_config
-    peer = Idefics2VisionTransformer(Idefics2VisionConfig(**{name: getattr(config, name) for name in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")})).eval()
+    peer = Idefics2VisionTransformer(
+        Idefics2VisionConfig(
+            **{
+                name: getattr(config, name)
+                for name in (
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "patch_size",
+                    "image_size",
+                )
+            }
+        )
+    ).eval()
     peer.load_state_dict(model.model.vpm.state_dict())
     pixels = pixels_of(SIZES)
     lengths = SIZES.prod(-1).tolist()
@@ -175,10 +264,15 @@ def test_slices_do_not_see_each_other(size):
     layers = [together.last_hidden_state, *together.hidden_states]
     assert len(layers) == 5 and len(together.attentions) == 3
     for i, patches in enumerate(pixels.split(lengths)):
-        alone = model.get_image_features(patches, SIZES[i:i + 1], **collect)
+        alone = model.get_image_features(patches, SIZES[i : i + 1], **collect)
         parts = lambda out, i: [out.pooler_output[i], out.token_attentions[i], *(layer[i] for layer in out.attentions)]
         assert_close(parts(together, i), parts(alone, 0), atol=1e-4, rtol=1e-4)
-        assert_close([layer.split(lengths)[i] for layer in layers], [alone.last_hidden_state, *alone.hidden_states], atol=1e-4, rtol=1e-4)
+        assert_close(
+            [layer.split(lengths)[i] for layer in layers],
+            [alone.last_hidden_state, *alone.hidden_states],
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 @torch.no_grad()
@@ -187,23 +281,31 @@ def test_the_last_layer_can_be_dropped():
     names = {name for name in whole.state_dict() if name.startswith("model.vpm.encoder.layers.2.")}
     assert names and whole.state_dict().keys() - dropped.state_dict().keys() == names
     dropped.load_state_dict({name: p for name, p in whole.state_dict().items() if name not in names})
-    whole.model.vpm.encoder.layers[2].self_attn.out_proj.weight.zero_(); whole.model.vpm.encoder.layers[2].self_attn.out_proj.bias.zero_()
-    whole.model.vpm.encoder.layers[2].mlp.fc2.weight.zero_(); whole.model.vpm.encoder.layers[2].mlp.fc2.bias.zero_()
+    whole.model.vpm.encoder.layers[2].self_attn.out_proj.weight.zero_()
+    whole.model.vpm.encoder.layers[2].self_attn.out_proj.bias.zero_()
+    whole.model.vpm.encoder.layers[2].mlp.fc2.weight.zero_()
+    whole.model.vpm.encoder.layers[2].mlp.fc2.bias.zero_()
     assert_close(*(m.get_image_features(pixels_of(SIZES), SIZES).pooler_output for m in (whole, dropped)))
 
 
 # Images
 
-@pytest.mark.parametrize("width, height, most, rows, columns", [
-    (448, 448, 9, 0, 0), (100, 30, 9, 0, 0), (1000, 500, 1, 0, 0),   # worth one slice, or not to be sliced
-    (500, 500, 9, 2, 1),      # 1.2: two, of equals the first
-    (1000, 500, 9, 1, 2),     # 2.5: of two, three, four the row of two is it exactly
-    (500, 1000, 9, 2, 1),
-    (1344, 1344, 9, 3, 3),    # 9 exactly
-    (3000, 2000, 9, 2, 4),    # 29.9: eight or nine; log 1.5 is nearer to log 2 than to log 1
-    (3000, 2000, 6, 2, 3),    # five or six: exactly
-    (5000, 400, 9, 1, 9),     # 10: a row of nine
-])
+
+@pytest.mark.parametrize(
+    "width, height, most, rows, columns",
+    [
+        (448, 448, 9, 0, 0),
+        (100, 30, 9, 0, 0),
+        (1000, 500, 1, 0, 0),  # worth one slice, or not to be sliced
+        (500, 500, 9, 2, 1),  # 1.2: two, of equals the first
+        (1000, 500, 9, 1, 2),  # 2.5: of two, three, four the row of two is it exactly
+        (500, 1000, 9, 2, 1),
+        (1344, 1344, 9, 3, 3),  # 9 exactly
+        (3000, 2000, 9, 2, 4),  # 29.9: eight or nine; log 1.5 is nearer to log 2 than to log 1
+        (3000, 2000, 6, 2, 3),  # five or six: exactly
+        (5000, 400, 9, 1, 9),  # 10: a row of nine
+    ],
+)
 def test_slice_grids_worked_by_hand(width, height, most, rows, columns):
     assert slice_grid((height, width), 448, most) == (rows, columns)
 
@@ -216,9 +318,9 @@ def test_slice_grids_are_those_of_the_next_version():
 
 
 def test_slice_sizes_worked_by_hand():
-    assert slice_size((300, 400), 448, 14) == (392, 518)    # int(448 / sqrt(4 / 3)) = 387, and 516: 27.6 and 36.9 patches
-    assert slice_size((300, 1200), 448, 14) == (224, 896)   # 448 / 2 and 448 * 2
-    assert slice_size((1, 160), 20, 14) == (14, 154)        # 1 and 160: a patch at least, 11.4
+    assert slice_size((300, 400), 448, 14) == (392, 518)  # int(448 / sqrt(4 / 3)) = 387, and 516: 27.6 and 36.9 patches
+    assert slice_size((300, 1200), 448, 14) == (224, 896)  # 448 / 2 and 448 * 2
+    assert slice_size((1, 160), 20, 14) == (14, 154)  # 1 and 160: a patch at least, 11.4
 
 
 def test_pixels_are_pillows():
@@ -228,9 +330,16 @@ def test_pixels_are_pillows():
     rows, columns = out["grids"][0].tolist()
     assert (rows, columns) == (2, 3) and out["tgt_sizes"].tolist() == [[6, 9]] + 6 * [[8, 8]]
     whole = image.resize((96, 64), Image.Resampling.BICUBIC)
-    pieces = [image.resize((36, 24), Image.Resampling.BICUBIC), *(whole.crop((x, y, x + 32, y + 32)) for y in (0, 32) for x in (0, 32, 64))]
-    patches = [np.asarray(piece, dtype=np.float32)[i:i + PATCH, j:j + PATCH].transpose(2, 0, 1).ravel() / 127.5 - 1
-               for piece in pieces for i in range(0, piece.height, PATCH) for j in range(0, piece.width, PATCH)]
+    pieces = [
+        image.resize((36, 24), Image.Resampling.BICUBIC),
+        *(whole.crop((x, y, x + 32, y + 32)) for y in (0, 32) for x in (0, 32, 64)),
+    ]
+    patches = [
+        np.asarray(piece, dtype=np.float32)[i : i + PATCH, j : j + PATCH].transpose(2, 0, 1).ravel() / 127.5 - 1
+        for piece in pieces
+        for i in range(0, piece.height, PATCH)
+        for j in range(0, piece.width, PATCH)
+    ]
     assert_close(out["pixel_values"], torch.from_numpy(np.stack(patches)), atol=1e-5, rtol=0)
 
 
@@ -243,22 +352,33 @@ def test_other_kinds_of_images(mode, processor):
 
 # Text and images
 
-def slots(count): return "<image>" + QUERIES * "<unk>" + "</image>" if count == 0 else "<slice>" + QUERIES * "<unk>" + "</slice>"
+
+def slots(count):
+    return "<image>" + QUERIES * "<unk>" + "</image>" if count == 0 else "<slice>" + QUERIES * "<unk>" + "</slice>"
 
 
 def test_placeholders(processor, samples):
     batch = batch_of(samples, processor)
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "tgt_sizes"}
-    texts = [processor.tokenizer.decode(ids[mask.bool()]).replace(" ", "") for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    texts = [
+        processor.tokenizer.decode(ids[mask.bool()]).replace(" ", "")
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"])
+    ]
     number = lambda i: f"<image_id>{i}</image_id>"
-    assert texts == ["what", f"{number(0)}{slots(0)}standshere", f"{number(0)}{slots(0)}{slots(1)}{slots(1)}and{number(1)}{slots(0)}there",
-                     number(0) + slots(0) + "\n".join(3 * [slots(1)]) + "hereandthere"]
+    assert texts == [
+        "what",
+        f"{number(0)}{slots(0)}standshere",
+        f"{number(0)}{slots(0)}{slots(1)}{slots(1)}and{number(1)}{slots(0)}there",
+        number(0) + slots(0) + "\n".join(3 * [slots(1)]) + "hereandthere",
+    ]
     assert len(batch["tgt_sizes"]) == 1 + 3 + 1 + 4 and len(batch["pixel_values"]) == batch["tgt_sizes"].prod(-1).sum()
     assert set(batch_of(samples[:1], processor)) == {"input_ids", "attention_mask"}
 
 
 def test_placeholders_without_numbers(processor):
-    images = MiniCPMVImageProcessor(scale_resolution=SCALE, patch_size=PATCH, image_feature_size=QUERIES, use_image_id=False)
+    images = MiniCPMVImageProcessor(
+        scale_resolution=SCALE, patch_size=PATCH, image_feature_size=QUERIES, use_image_id=False
+    )
     plain = MiniCPMV45Processor(images, processor.tokenizer)
     ids = plain(text=["<unk>"], images=[picture(20, 30)], return_tensors="pt")["input_ids"][0]
     assert plain.tokenizer.decode(ids).replace(" ", "") == slots(0)
@@ -266,12 +386,29 @@ def test_placeholders_without_numbers(processor):
 
 def test_chats(processor, samples):
     "The tokenizer's template takes strings; images and texts become its lines."
-    chats = [[dict(role="user", content=[*(dict(type="image", image=image) for image in images), dict(type="text", text="what")])] for _, images in samples]
+    chats = [
+        [
+            dict(
+                role="user",
+                content=[*(dict(type="image", image=image) for image in images), dict(type="text", text="what")],
+            )
+        ]
+        for _, images in samples
+    ]
     rendered = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     assert rendered[2] == "<|im_start|>user <unk>\n<unk>\nwhat<|im_end|><|im_start|>assistant "
-    assert processor.apply_chat_template([{"role": "user", "content": "what"}], tokenize=False) == "<|im_start|>user what<|im_end|>"
-    out = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
-                                        processor_kwargs=dict(padding=True, padding_side="left"))
+    assert (
+        processor.apply_chat_template([{"role": "user", "content": "what"}], tokenize=False)
+        == "<|im_start|>user what<|im_end|>"
+    )
+    out = processor.apply_chat_template(
+        chats,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=dict(padding=True, padding_side="left"),
+    )
     expected = batch_of([(text, images) for text, (_, images) in zip(rendered, samples)], processor)
     assert all(torch.equal(out[name], expected[name]) for name in expected)
     texts = processor.apply_chat_template([chats[0]], tokenize=True, return_dict=True, return_tensors="pt")
@@ -285,12 +422,15 @@ def test_processor_loads_as_saved(processor, samples, tmp_path):
         assert type(loaded) is MiniCPMV45Processor and type(loaded.image_processor) is MiniCPMVImageProcessor
         a, b = batch_of(samples, processor), batch_of(samples, loaded)
         assert all(torch.equal(a[name], b[name]) for name in a)
-        chat = [{"role": "user", "content": [{"type": "image", "image": picture(9, 9)}, {"type": "text", "text": "what"}]}]
+        chat = [
+            {"role": "user", "content": [{"type": "image", "image": picture(9, 9)}, {"type": "text", "text": "what"}]}
+        ]
         assert loaded.apply_chat_template(chat) == processor.apply_chat_template(chat)
 
 
 def fails(match, call, *args, **kwargs):
-    with pytest.raises(ValueError, match=match) as caught: call(*args, **kwargs)
+    with pytest.raises(ValueError, match=match) as caught:
+        call(*args, **kwargs)
     assert "\n" not in str(caught.value)
 
 
@@ -301,15 +441,22 @@ def test_what_the_processor_refuses(processor, tmp_path):
     fails("Found 1 <unk> tokens in the text but no images", processor, text=["<unk>"])
     for name, token in (("image", "<unk>"), ("slice end", "</slice>")):
         words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS) if w != token}, unk_token="what"))
-        fails(f"the tokenizer has no {name} token '{token}'", MiniCPMV45Processor, processor.image_processor, PreTrainedTokenizerFast(tokenizer_object=words))
+        fails(
+            f"the tokenizer has no {name} token '{token}'",
+            MiniCPMV45Processor,
+            processor.image_processor,
+            PreTrainedTokenizerFast(tokenizer_object=words),
+        )
     fails("max_slice_nums is 0; at least 1", MiniCPMVImageProcessor, max_slice_nums=0)
     path = tmp_path / "page.png"
     picture(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:3000])
-    for image in (Image.open(path), str(path)): fails("can't decode the image .*page.png", processor, text=["<unk>"], images=[image])
+    for image in (Image.open(path), str(path)):
+        fails("can't decode the image .*page.png", processor, text=["<unk>"], images=[image])
 
 
 # The model
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -328,11 +475,21 @@ def test_images_stand_where_their_tokens_are(model, processor, samples):
     tokens = iter(model.get_image_features(batch["pixel_values"], batch["tgt_sizes"]).pooler_output.flatten(0, 1))
     for row, ids in zip(embeds, batch["input_ids"].tolist()):
         for t, token in enumerate(ids):
-            if token == IMAGE: row[t] = next(tokens)
+            if token == IMAGE:
+                row[t] = next(tokens)
     assert next(tokens, None) is None
-    assert_close(model(**batch).logits, model.lm_head(model.get_decoder()(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).last_hidden_state))
-    without = {name: value for name, value in batch.items() if name != "input_ids"}  # the image tokens' own embedding tells where they stand
-    assert torch.equal(model(**without, inputs_embeds=model.get_input_embeddings()(batch["input_ids"])).logits, model(**batch).logits)
+    assert_close(
+        model(**batch).logits,
+        model.lm_head(
+            model.get_decoder()(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).last_hidden_state
+        ),
+    )
+    without = {
+        name: value for name, value in batch.items() if name != "input_ids"
+    }  # the image tokens' own embedding tells where they stand
+    assert torch.equal(
+        model(**without, inputs_embeds=model.get_input_embeddings()(batch["input_ids"])).logits, model(**batch).logits
+    )
 
 
 @torch.no_grad()
@@ -347,7 +504,9 @@ def test_an_image_touches_its_own_sample_from_its_place_on(model, processor, sam
     assert not touched[[0, 1, 3]].any() and not touched[2, :place].any() and touched[2, place]
 
 
-@pytest.mark.parametrize("how", [dict(), dict(num_beams=3), dict(cache_implementation="static"), dict(prefill_chunk_size=5)], ids=str)
+@pytest.mark.parametrize(
+    "how", [dict(), dict(num_beams=3), dict(cache_implementation="static"), dict(prefill_chunk_size=5)], ids=str
+)
 @torch.no_grad()
 def test_generation_with_a_cache_is_generation_without(model, processor, samples, how):
     how = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, **how)
@@ -364,12 +523,15 @@ def test_gradients_reach_every_part(processor, samples):
     loss = model(**batch, labels=batch["input_ids"]).loss
     loss.backward()
     plain = {name: p.grad for name, p in model.named_parameters()}
-    key_bias = {f"model.vpm.encoder.layers.{i}.self_attn.k_proj.bias" for i in range(3)}   # adds the same to all of a row's scores
+    key_bias = {
+        f"model.vpm.encoder.layers.{i}.self_attn.k_proj.bias" for i in range(3)
+    }  # adds the same to all of a row's scores
     assert all(grad is not None and grad.abs().max() > 0 for name, grad in plain.items() if name not in key_bias)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     out = model(**batch, labels=labels)
     assert_close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
-    model.zero_grad(); model.activation_checkpointing_enable()
+    model.zero_grad()
+    model.activation_checkpointing_enable()
     model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
     assert all(torch.equal(p.grad, plain[name]) for name, p in model.named_parameters())
 
@@ -378,27 +540,61 @@ def test_what_the_model_refuses(model, processor, samples):
     batch = dict(batch_of(samples, processor))
     fails("must come together", model, **batch | dict(tgt_sizes=None))
     n = len(batch["pixel_values"])
-    fails(f"pixel_values holds {n - 1} patches, but tgt_sizes gives {n}", model, **batch | dict(pixel_values=batch["pixel_values"][1:]))
-    fails("the images make 54 tokens, but the text has 6 for them", model, **batch | dict(input_ids=batch["input_ids"][:2], attention_mask=None))
-    fails("the images make 54 tokens, but the text has 0 for them", model, inputs_embeds=torch.zeros(1, 2, 32), pixel_values=batch["pixel_values"], tgt_sizes=batch["tgt_sizes"])
-    for given in (dict(), dict(input_ids=batch["input_ids"], inputs_embeds=torch.zeros(4, 2, 32))): fails("give either input_ids or inputs_embeds", model, **given)
+    fails(
+        f"pixel_values holds {n - 1} patches, but tgt_sizes gives {n}",
+        model,
+        **batch | dict(pixel_values=batch["pixel_values"][1:]),
+    )
+    fails(
+        "the images make 54 tokens, but the text has 6 for them",
+        model,
+        **batch | dict(input_ids=batch["input_ids"][:2], attention_mask=None),
+    )
+    fails(
+        "the images make 54 tokens, but the text has 0 for them",
+        model,
+        inputs_embeds=torch.zeros(1, 2, 32),
+        pixel_values=batch["pixel_values"],
+        tgt_sizes=batch["tgt_sizes"],
+    )
+    for given in (dict(), dict(input_ids=batch["input_ids"], inputs_embeds=torch.zeros(4, 2, 32))):
+        fails("give either input_ids or inputs_embeds", model, **given)
     fails("MiniCPM-V 2.6 is not supported, only 4.5", MiniCPMV45Config, version=2.6)
 
 
 # Saving and loading
 
+
 @torch.no_grad()
 def test_saves_and_loads_under_the_checkpoints_names(model, processor, samples, tmp_path):
     batch = batch_of(samples, processor)
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as f: names = set(f.keys())
-    assert len(names) == len(model.state_dict()) and {name.split(".")[0] for name in names} == {"llm", "vpm", "resampler"}
-    assert {"llm.model.layers.0.self_attn.q_proj.weight", "llm.lm_head.weight", "vpm.encoder.layers.0.self_attn.out_proj.bias",
-            "vpm.embeddings.position_embedding.weight", "vpm.post_layernorm.weight", "resampler.attn.in_proj_weight", "resampler.query", "resampler.proj", "resampler.ln_kv.bias"} <= names
+    with safe_open(tmp_path / "model.safetensors", "pt") as f:
+        names = set(f.keys())
+    assert len(names) == len(model.state_dict()) and {name.split(".")[0] for name in names} == {
+        "llm",
+        "vpm",
+        "resampler",
+    }
+    assert {
+        "llm.model.layers.0.self_attn.q_proj.weight",
+        "llm.lm_head.weight",
+        "vpm.encoder.layers.0.self_attn.out_proj.bias",
+        "vpm.embeddings.position_embedding.weight",
+        "vpm.post_layernorm.weight",
+        "resampler.attn.in_proj_weight",
+        "resampler.query",
+        "resampler.proj",
+        "resampler.ln_kv.bias",
+    } <= names
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    assert type(loaded) is MiniCPMV45ForConditionalGeneration and torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert type(loaded) is MiniCPMV45ForConditionalGeneration and torch.equal(
+        loaded(**batch).logits, model(**batch).logits
+    )
     base = AutoModel.from_pretrained(tmp_path).eval()
-    assert type(base) is MiniCPMV45Model and torch.equal(base(**batch).last_hidden_state, model.base_model(**batch).last_hidden_state)
+    assert type(base) is MiniCPMV45Model and torch.equal(
+        base(**batch).last_hidden_state, model.base_model(**batch).last_hidden_state
+    )
     base.save_pretrained(tmp_path / "base")
     again = AutoModel.from_pretrained(tmp_path / "base")
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in base.state_dict().items())
@@ -411,14 +607,53 @@ def test_reads_the_public_configuration(model, processor, samples, tmp_path):
     "Text fields at the top level, the classes of the remote code named: loaded without it, and written nested."
     batch, text = batch_of(samples, processor), model.config.text_config.to_dict()
     model.save_pretrained(tmp_path)
-    flat = {name: text[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                                          "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")}
-    vision = {name: getattr(model.config.vision_config, name) for name in ("hidden_size", "image_size", "intermediate_size", "num_attention_heads",
-                                                                           "num_hidden_layers", "patch_size")}
-    (tmp_path / "config.json").write_text(json.dumps(dict(
-        architectures=["MiniCPMV"], model_type="minicpmv", version="4.5",
-        auto_map=dict(AutoConfig="configuration_minicpm.MiniCPMVConfig", AutoModel="modeling_minicpmv.MiniCPMV"), rope_theta=10000, rope_scaling=None, **flat,
-        vision_config=vision | dict(model_type="siglip"), slice_config=dict(max_slice_nums=9, model_type="minicpmv"), query_num=QUERIES, image_token_id=IMAGE, use_cache=True, torch_dtype="bfloat16")))
+    flat = {
+        name: text[name]
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "tie_word_embeddings",
+        )
+    }
+    vision = {
+        name: getattr(model.config.vision_config, name)
+        for name in (
+            "hidden_size",
+            "image_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "patch_size",
+        )
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            dict(
+                architectures=["MiniCPMV"],
+                model_type="minicpmv",
+                version="4.5",
+                auto_map=dict(
+                    AutoConfig="configuration_minicpm.MiniCPMVConfig", AutoModel="modeling_minicpmv.MiniCPMV"
+                ),
+                rope_theta=10000,
+                rope_scaling=None,
+                **flat,
+                vision_config=vision | dict(model_type="siglip"),
+                slice_config=dict(max_slice_nums=9, model_type="minicpmv"),
+                query_num=QUERIES,
+                image_token_id=IMAGE,
+                use_cache=True,
+                torch_dtype="bfloat16",
+            )
+        )
+    )
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert_close(loaded(**batch).logits, model(**batch).logits)
     loaded.save_pretrained(tmp_path)
@@ -438,6 +673,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
 
 # The family
 
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -445,7 +681,9 @@ def test_decoder_and_head_are_the_model(processor, samples, side, dtype):
     model, batch = tiny_model().to(dtype), batch_of(samples, processor, side)
     family = family_of(model)
     inputs = family.language_inputs(model, batch)
-    assert torch.equal(family.lm_head(model)(family.decoder(model)(**inputs.kwargs).last_hidden_state), model(**batch).logits)
+    assert torch.equal(
+        family.lm_head(model)(family.decoder(model)(**inputs.kwargs).last_hidden_state), model(**batch).logits
+    )
     assert [f.shape[:2] for f in inputs.patch_features] == [tuple(size) for size in batch["tgt_sizes"].tolist()]
     assert all(weights.dtype == torch.float32 for weights in inputs.patch_weights)
     assert_close(torch.cat([weights.sum(-1) for weights in inputs.patch_weights]), torch.ones(9 * QUERIES))
@@ -460,22 +698,38 @@ def test_density_of_a_token_is_the_mean_of_what_it_looks_at(model, processor, sa
     visual = batch["input_ids"] == IMAGE
     assert not density[~visual].any()
     expected = []
-    for patches, (rows, columns) in zip(batch["pixel_values"].split(batch["tgt_sizes"].prod(-1).tolist()), batch["tgt_sizes"].tolist()):
+    for patches, (rows, columns) in zip(
+        batch["pixel_values"].split(batch["tgt_sizes"].prod(-1).tolist()), batch["tgt_sizes"].tolist()
+    ):
         features = model.get_image_features(patches, torch.tensor([[rows, columns]])).last_hidden_state
-        expected.append(plain_resampler(model.model.resampler, features, rows, columns)[1] @ patch_density(features.view(rows, columns, -1)).flatten())
+        expected.append(
+            plain_resampler(model.model.resampler, features, rows, columns)[1]
+            @ patch_density(features.view(rows, columns, -1)).flatten()
+        )
     assert_close(density[visual], torch.cat(expected), atol=1e-5, rtol=1e-4)
-    fails("reduce must be 'mean' with a resampler, got 'max'", family.density, family.language_inputs(model, batch), reduce="max")
+    fails(
+        "reduce must be 'mean' with a resampler, got 'max'",
+        family.density,
+        family.language_inputs(model, batch),
+        reduce="max",
+    )
 
 
 def test_tokens_and_slices_must_match(model, processor, samples):
     family, batch = family_of(model), dict(batch_of(samples, processor))
-    def broken(match, **changes): fails(match, family.language_inputs, model, batch | changes)
+
+    def broken(match, **changes):
+        fails(match, family.language_inputs, model, batch | changes)
+
     broken("the text has image tokens for 9 slices, but there are pixels for 8", tgt_sizes=batch["tgt_sizes"][1:])
     broken("the text has image tokens for 9 slices, but there are pixels for 0", tgt_sizes=None, pixel_values=None)
     broken("pixel_values and tgt_sizes must come together", tgt_sizes=None)
     broken("tgt_sizes gives", pixel_values=batch["pixel_values"][1:])
     first = (batch["input_ids"] == IMAGE).nonzero()[0]
-    broken("slice 0 has 5 tokens in the text, but the resampler makes 6", input_ids=batch["input_ids"].index_put((first[:1], first[1:]), torch.tensor(0)))
+    broken(
+        "slice 0 has 5 tokens in the text, but the resampler makes 6",
+        input_ids=batch["input_ids"].index_put((first[:1], first[1:]), torch.tensor(0)),
+    )
 
 
 def test_load_teacher_takes_the_public_files(model, processor, samples, tmp_path):
@@ -483,18 +737,50 @@ def test_load_teacher_takes_the_public_files(model, processor, samples, tmp_path
     model.save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
+
     def change(name, **values):
         path = tmp_path / name
         path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
-    for name in ("configuration_minicpm", "modeling_minicpmv", "tokenization_minicpmv_fast", "image_processing_minicpmv", "processing_minicpmv"):
+
+    for name in (
+        "configuration_minicpm",
+        "modeling_minicpmv",
+        "tokenization_minicpmv_fast",
+        "image_processing_minicpmv",
+        "processing_minicpmv",
+    ):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('remote code was run')")
-    change("config.json", architectures=["MiniCPMV"], auto_map={"AutoConfig": "configuration_minicpm.MiniCPMVConfig", "AutoModel": "modeling_minicpmv.MiniCPMV"})
-    change("tokenizer_config.json", tokenizer_class="MiniCPMVTokenizerFast", chat_template=TEMPLATE,
-           auto_map={"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]})
-    change("preprocessor_config.json", image_processor_type="MiniCPMVImageProcessor", processor_class="MiniCPMVProcessor", scale_resolution=SCALE,
-           patch_size=PATCH, image_feature_size=QUERIES, max_slice_nums=9, use_image_id=True, slice_mode=True, norm_mean=3 * [0.5], norm_std=3 * [0.5],
-           im_start="<image>", unk="<unk>", version=2.6,
-           auto_map={"AutoProcessor": "processing_minicpmv.MiniCPMVProcessor", "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor"})
+    change(
+        "config.json",
+        architectures=["MiniCPMV"],
+        auto_map={"AutoConfig": "configuration_minicpm.MiniCPMVConfig", "AutoModel": "modeling_minicpmv.MiniCPMV"},
+    )
+    change(
+        "tokenizer_config.json",
+        tokenizer_class="MiniCPMVTokenizerFast",
+        chat_template=TEMPLATE,
+        auto_map={"AutoTokenizer": ["tokenization_minicpmv_fast.MiniCPMVTokenizerFast", None]},
+    )
+    change(
+        "preprocessor_config.json",
+        image_processor_type="MiniCPMVImageProcessor",
+        processor_class="MiniCPMVProcessor",
+        scale_resolution=SCALE,
+        patch_size=PATCH,
+        image_feature_size=QUERIES,
+        max_slice_nums=9,
+        use_image_id=True,
+        slice_mode=True,
+        norm_mean=3 * [0.5],
+        norm_std=3 * [0.5],
+        im_start="<image>",
+        unk="<unk>",
+        version=2.6,
+        auto_map={
+            "AutoProcessor": "processing_minicpmv.MiniCPMVProcessor",
+            "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor",
+        },
+    )
     loaded, reader = load_teacher(tmp_path)
     assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in model.state_dict().items())
     a, b = batch_of(samples, processor), batch_of(samples, reader)
@@ -509,10 +795,20 @@ def test_load_teacher_takes_the_public_files(model, processor, samples, tmp_path
 
 def test_the_real_size_counted_by_hand():
     "Of the configuration in the package, which is UNVERIFIED: 8.7 B are published."
-    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(paper_config("minicpm-v-4.5"))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(paper_config("minicpm-v-4.5"))
     count = lambda part: sum(p.numel() for p in part.parameters())
     d, words, mlp, heads, kv, v, wide = 4096, 151748, 12288, 32 * 128, 8 * 128, 1152, 4304
-    assert count(model.model.language_model) + count(model.lm_head) == 2 * words * d + 36 * (2 * d * heads + 2 * d * kv + 2 * 128 + 3 * d * mlp + 2 * d) + d
-    assert count(model.model.vpm) == (3 * 14 * 14 + 1) * v + 70 * 70 * v + 27 * (4 * (v + 1) * v + (v + 1) * wide + (wide + 1) * v + 4 * v) + 2 * v
+    assert (
+        count(model.model.language_model) + count(model.lm_head)
+        == 2 * words * d + 36 * (2 * d * heads + 2 * d * kv + 2 * 128 + 3 * d * mlp + 2 * d) + d
+    )
+    assert (
+        count(model.model.vpm)
+        == (3 * 14 * 14 + 1) * v
+        + 70 * 70 * v
+        + 27 * (4 * (v + 1) * v + (v + 1) * wide + (wide + 1) * v + 4 * v)
+        + 2 * v
+    )
     assert count(model.model.resampler) == 64 * d + v * d + 4 * (d + 1) * d + 3 * 2 * d + d * d
     assert round(count(model) / 1e9, 1) == 8.7

@@ -1,4 +1,5 @@
 "Both mixers: their equations, padding, mixing matrices and starts."
+
 from types import SimpleNamespace
 
 import pytest
@@ -20,31 +21,52 @@ kinds = pytest.mark.parametrize("kind", MIXERS)
 
 # The mixer
 
+
 def mixer_of(kind, init="paper", heads=4, kv_heads=2, bias=False, eps=1e-6, scale=0.3, size=24, **fields):
     "A mixer of `size` channels, `scale` off its start so that every part of it matters."
     config = MIXERS[kind].config_class.for_init(init, **fields).__dict__
-    mixer = MIXERS[kind](SimpleNamespace(hidden_size=size, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=6, attention_bias=bias, rms_norm_eps=eps,
-                                         mixer_config=config), 0)
+    mixer = MIXERS[kind](
+        SimpleNamespace(
+            hidden_size=size,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=6,
+            attention_bias=bias,
+            rms_norm_eps=eps,
+            mixer_config=config,
+        ),
+        0,
+    )
     generator = torch.Generator().manual_seed(0)
     mixer.init_new(init, generator)
     with torch.no_grad():
-        for p in mixer.parameters(): p += scale * torch.randn(p.shape, generator=generator)
+        for p in mixer.parameters():
+            p += scale * torch.randn(p.shape, generator=generator)
     return mixer
 
-def inputs(batch=2, positions=11, seed=3): return torch.randn(batch, positions, 24, generator=torch.Generator().manual_seed(seed))
 
-def cache_for(): return Cache(layers=[LinearAttentionLayer()])
+def inputs(batch=2, positions=11, seed=3):
+    return torch.randn(batch, positions, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def cache_for():
+    return Cache(layers=[LinearAttentionLayer()])
+
 
 def plain(m, u):
     "The equations for one sequence [T, hidden_size], position by position and head by head: the output, and each head's matrix from v to what is read."
     T, H, R, P, K = len(u), m.num_heads, m.num_heads // m.num_kv_heads, m.head_dim, m.config.conv_kernel
     norm = lambda x, weight: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
     q, k, v = (proj(u).view(T, -1, P) for proj in (m.q_proj, m.k_proj, m.v_proj))
-    if m.config.qk_norm: q, k = norm(q, m.q_norm.weight), norm(k, m.k_norm.weight)
-    assert m.conv_weight.shape == ((H + 2 * H // R) * P, K)     # key-value heads are repeated after the convolution
+    if m.config.qk_norm:
+        q, k = norm(q, m.q_norm.weight), norm(k, m.k_norm.weight)
+    assert m.conv_weight.shape == ((H + 2 * H // R) * P, K)  # key-value heads are repeated after the convolution
     channels = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1)
-    mixed = torch.stack([sum(m.conv_weight[:, K - 1 - j] * channels[t - j] for j in range(min(K, t + 1))) for t in range(T)])
-    if m.config.conv_activation == "silu": mixed = mixed * mixed.sigmoid()
+    mixed = torch.stack(
+        [sum(m.conv_weight[:, K - 1 - j] * channels[t - j] for j in range(min(K, t + 1))) for t in range(T)]
+    )
+    if m.config.conv_activation == "silu":
+        mixed = mixed * mixed.sigmoid()
     q, k, v = (a.view(T, -1, P) for a in mixed.split([H * P, H // R * P, H // R * P], 1))
     gate, outputs, matrices = m.g_proj(u) * m.g_proj(u).sigmoid(), [], []
     for h in range(H):
@@ -58,32 +80,55 @@ def plain(m, u):
             dt = torch.log1p((m.dt_proj(u)[:, h] + m.dt_bias[h]).exp())
             keep = [(dt[t] * A).exp() * torch.eye(P) for t in range(T)]
             write, skip = dt, m.D[h]
-        rows = []                                      # what position i reads of v at j: q_i keep_i ... keep_{j+1} k_j write_j
+        rows = []  # what position i reads of v at j: q_i keep_i ... keep_{j+1} k_j write_j
         for i in range(T):
             row, reading = [torch.zeros(())] * T, qs[i]
             for j in range(i, -1, -1):
                 row[j] = write[j] * (reading @ ks[j]) + (skip if i == j else 0)
                 reading = reading @ keep[j]
             rows.append(torch.stack(row))
-        y, g = torch.stack(rows) @ v[:, h // R], gate[:, h * P:(h + 1) * P]
+        y, g = torch.stack(rows) @ v[:, h // R], gate[:, h * P : (h + 1) * P]
         matrices.append(torch.stack(rows))
-        outputs.append({"norm_then_gate": lambda: norm(y, m.norm.weight) * g, "gate_then_norm": lambda: norm(y * g, m.norm.weight), "none": lambda: y * g}[m.config.norm]())
+        outputs.append(
+            {
+                "norm_then_gate": lambda: norm(y, m.norm.weight) * g,
+                "gate_then_norm": lambda: norm(y * g, m.norm.weight),
+                "none": lambda: y * g,
+            }[m.config.norm]()
+        )
     return m.o_proj(torch.cat(outputs, 1)), torch.stack(matrices)
 
+
 @kinds
-@pytest.mark.parametrize("fields", [
-    *(dict(init=init, heads=heads, kv_heads=kv_heads) for init in INITS for heads, kv_heads in [(4, 2), (4, 4), (6, 1)]),
-    dict(conv_kernel=1), dict(conv_kernel=2, norm="gate_then_norm"), dict(conv_kernel=3, heads=6, kv_heads=1), dict(conv_activation="none", qk_norm=True),
-    dict(gate_bias=True, norm="none")], ids=lambda fields: ",".join(f"{name}={value}" for name, value in fields.items()))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *(
+            dict(init=init, heads=heads, kv_heads=kv_heads)
+            for init in INITS
+            for heads, kv_heads in [(4, 2), (4, 4), (6, 1)]
+        ),
+        dict(conv_kernel=1),
+        dict(conv_kernel=2, norm="gate_then_norm"),
+        dict(conv_kernel=3, heads=6, kv_heads=1),
+        dict(conv_activation="none", qk_norm=True),
+        dict(gate_bias=True, norm="none"),
+    ],
+    ids=lambda fields: ",".join(f"{name}={value}" for name, value in fields.items()),
+)
 def test_mixer_and_its_matrix_are_the_equations(kind, fields):
     mixer, u = mixer_of(kind, **fields), inputs()
     outputs, matrices = map(torch.stack, zip(*(plain(mixer, row) for row in u)))
     assert_close(mixer(u)[0], outputs, atol=1e-4, rtol=1e-4)
     assert_close(mixer.mixing_matrix(u), matrices, atol=1e-4, rtol=1e-4)
 
+
 def test_causal_conv():
     x, w = torch.randn(2, 13, 5), torch.randn(5, 4)
-    assert_close(causal_conv(x, w), torch.stack([(x[:, t:t + 4] * w.T).sum(1) for t in range(10)], 1), atol=1e-5, rtol=1e-5)
+    assert_close(
+        causal_conv(x, w), torch.stack([(x[:, t : t + 4] * w.T).sum(1) for t in range(10)], 1), atol=1e-5, rtol=1e-5
+    )
+
 
 @torch.no_grad()
 def test_identity_without_decay_is_causal_linear_attention_with_grouped_heads():
@@ -94,28 +139,66 @@ def test_identity_without_decay_is_causal_linear_attention_with_grouped_heads():
     attend = lambda k, v: mixer.o_proj(((q @ k.mT).tril() @ v).transpose(1, 2).flatten(2))
     assert torch.equal(repeat_heads(k.transpose(1, 2), 2), k.transpose(1, 2)[:, :, [0, 0, 1, 1]])
     assert_close(mixer(u)[0], attend(repeat_kv(k, 2), repeat_kv(v, 2)), atol=1e-4, rtol=1e-4)
-    assert (mixer(u)[0] - attend(k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))).abs().max() > 0.1    # heads 0,1,0,1: a published bug
-    rows = split(F.linear(u, mixer.k_proj.weight.repeat_interleave(2, 0)))                         # another: each row of the weight twice
+    assert (
+        mixer(u)[0] - attend(k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))
+    ).abs().max() > 0.1  # heads 0,1,0,1: a published bug
+    rows = split(F.linear(u, mixer.k_proj.weight.repeat_interleave(2, 0)))  # another: each row of the weight twice
     assert (repeat_kv(k, 2) - rows).abs().max() > 0.1
+
 
 def test_gated_deltanet_is_the_one_of_transformers():
     mixer, u = mixer_of("gdn", "mamba", kv_heads=4, eps=1e-12), inputs()
-    peer = Qwen3NextGatedDeltaNet(SimpleNamespace(hidden_size=24, linear_num_value_heads=4, linear_num_key_heads=4, linear_key_head_dim=6, linear_value_head_dim=6,
-                                                  linear_conv_kernel_dim=4, hidden_act="silu", rms_norm_eps=1e-12, dtype=None, layer_types=["linear_attention"]), 0)
-    by_head = lambda *projections: torch.cat([p.weight.view(4, -1, 24) for p in projections], 1).flatten(0, 1)  # theirs lies head by head
+    peer = Qwen3NextGatedDeltaNet(
+        SimpleNamespace(
+            hidden_size=24,
+            linear_num_value_heads=4,
+            linear_num_key_heads=4,
+            linear_key_head_dim=6,
+            linear_value_head_dim=6,
+            linear_conv_kernel_dim=4,
+            hidden_act="silu",
+            rms_norm_eps=1e-12,
+            dtype=None,
+            layer_types=["linear_attention"],
+        ),
+        0,
+    )
+    by_head = lambda *projections: torch.cat([p.weight.view(4, -1, 24) for p in projections], 1).flatten(
+        0, 1
+    )  # theirs lies head by head
     with torch.no_grad():
         peer.in_proj_qkvz.weight.copy_(by_head(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj))
         peer.in_proj_ba.weight.copy_(by_head(mixer.b_proj, mixer.a_proj))
         peer.conv1d.weight.copy_(mixer.conv_weight[:, None])
-        for ours, theirs in ((mixer.dt_bias, peer.dt_bias), (mixer.A_log, peer.A_log), (mixer.norm.weight, peer.norm.weight), (mixer.o_proj.weight, peer.out_proj.weight)):
+        for ours, theirs in (
+            (mixer.dt_bias, peer.dt_bias),
+            (mixer.A_log, peer.A_log),
+            (mixer.norm.weight, peer.norm.weight),
+            (mixer.o_proj.weight, peer.out_proj.weight),
+        ):
             theirs.copy_(ours)
     assert_close(mixer(u)[0], peer(u), atol=1e-4, rtol=1e-4)
+
 
 TURNS = [  # of a conversation of 12 positions, 1, among padding, 0
     ["0011000", "010", "1", "00", "000111110", "0", "0011100"],
     ["1101", "0100", "10", "00", "01010101", "0", "10011"],
-    *([turn] for turn in ("000" + 12 * "1", 12 * "1" + "000", "00" + 12 * "1" + "0000", 12 * "1" + 9 * "0", 9 * "0" + 12 * "1",
-                          "1111110000111111", "0110111000011101110001", "1" + 9 * "0" + 10 * "1" + "01", 12 * "10"))]
+    *(
+        [turn]
+        for turn in (
+            "000" + 12 * "1",
+            12 * "1" + "000",
+            "00" + 12 * "1" + "0000",
+            12 * "1" + 9 * "0",
+            9 * "0" + 12 * "1",
+            "1111110000111111",
+            "0110111000011101110001",
+            "1" + 9 * "0" + 10 * "1" + "01",
+            12 * "10",
+        )
+    ),
+]
+
 
 @kinds
 @pytest.mark.parametrize("init", INITS)
@@ -131,26 +214,38 @@ def test_padding_and_pieces_leave_no_trace(kind, init, kernel):
         for turn in turns:
             mask = torch.tensor([[int(mark) for mark in turn]])
             piece = torch.full((1, len(turn), 24), 3.0)
-            piece[mask.bool()] = u[0, start:start + mask.sum()]
-            pieces.append(mixer(piece, past_key_values=cache, linear_attention_mask=None if mask.all() else mask)[0][mask.bool()])
+            piece[mask.bool()] = u[0, start : start + mask.sum()]
+            pieces.append(
+                mixer(piece, past_key_values=cache, linear_attention_mask=None if mask.all() else mask)[0][mask.bool()]
+            )
             start += mask.sum()
         close = dict.fromkeys(("atol", "rtol"), 1e-5 if len(turns) == 1 else 1e-4)
         assert_close(torch.cat(pieces), y[0], **close)
         assert_close(cache.get_conv_state(0), whole.get_conv_state(0))
         assert_close(cache.get_recurrent_state(0), whole.get_recurrent_state(0), **close)
-        if len(turns) == 1: assert_close(mixer(piece, linear_attention_mask=mask)[0][mask.bool()], y[0], **close)
+        if len(turns) == 1:
+            assert_close(mixer(piece, linear_attention_mask=mask)[0][mask.bool()], y[0], **close)
+
 
 @kinds
 def test_rows_with_other_holes(kind):
     "Outputs and gradients of a batch in which each row is padded in its own way are those of its rows alone."
-    mixer, u, masks = mixer_of(kind, bias=True), inputs(4, 13), torch.tensor([[1] * 13, [0] * 4 + [1] * 9, [1] * 3 + [0] * 5 + [1] * 5, [0, 1, 0, 0] + [1, 0, 1] * 3])
+    mixer, u, masks = (
+        mixer_of(kind, bias=True),
+        inputs(4, 13),
+        torch.tensor([[1] * 13, [0] * 4 + [1] * 9, [1] * 3 + [0] * 5 + [1] * 5, [0, 1, 0, 0] + [1, 0, 1] * 3]),
+    )
+
     def run(f):
         mixer.zero_grad()
         y = f()
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         return [y.detach(), *(p.grad.clone() for p in mixer.parameters())]
+
     alone = lambda: torch.cat([mixer(row[mask][None])[0][0] for row, mask in zip(u, masks.bool())])
-    for a, b in zip(run(lambda: mixer(u, linear_attention_mask=masks)[0][masks.bool()]), run(alone)): assert_close(a, b, atol=1e-4, rtol=1e-3)
+    for a, b in zip(run(lambda: mixer(u, linear_attention_mask=masks)[0][masks.bool()]), run(alone)):
+        assert_close(a, b, atol=1e-4, rtol=1e-3)
+
 
 @kinds
 @pytest.mark.parametrize("kernel", [1, 4])
@@ -158,31 +253,40 @@ def test_rows_with_other_holes(kind):
 def test_packed_sequences_equal_single_ones(kind, kernel, ends):
     "Outputs and gradients, with sequences shorter than the convolution, one that goes on in the next row, and an empty one."
     mixer, u = mixer_of(kind, bias=True, conv_kernel=kernel), inputs()
+
     def run(f):
         mixer.zero_grad()
         y = f()
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         return [y.detach(), *(p.grad.clone() for p in mixer.parameters())]
+
     pieces = u.flatten(0, 1)[None].split(torch.tensor(ends).diff().tolist(), 1)
     alone = lambda: torch.cat([mixer(piece)[0] for piece in pieces if piece.shape[1]], 1).view(u.shape)
-    for a, b in zip(run(lambda: mixer(u, cu_seqlens=torch.tensor(ends))[0]), run(alone)): assert_close(a, b, atol=1e-4, rtol=1e-3)
+    for a, b in zip(run(lambda: mixer(u, cu_seqlens=torch.tensor(ends))[0]), run(alone)):
+        assert_close(a, b, atol=1e-4, rtol=1e-3)
+
 
 @kinds
 def test_grouped_heads_are_repeated_in_place(kind):
     "A mixer with two key-value heads is one with four whose heads are 0,0,1,1, and not one with 0,1,0,1."
     grouped, u = mixer_of(kind, bias=True), inputs()
+
     def spread(order):
         full = mixer_of(kind, kv_heads=4, bias=True)
         state = grouped.state_dict()
         heads = lambda x: x.unflatten(0, (-1, 6))[order].flatten(0, 1)
-        for name in ("k_proj", "v_proj"): state |= {f"{name}.{leaf}": heads(state[f"{name}.{leaf}"]) for leaf in ("weight", "bias")}
+        for name in ("k_proj", "v_proj"):
+            state |= {f"{name}.{leaf}": heads(state[f"{name}.{leaf}"]) for leaf in ("weight", "bias")}
         conv = state["conv_weight"].split([24, 12, 12])
         full.load_state_dict(state | {"conv_weight": torch.cat([conv[0], heads(conv[1]), heads(conv[2])])})
         return full(u)[0]
+
     assert_close(grouped(u)[0], spread([0, 0, 1, 1]), atol=1e-5, rtol=1e-4)
     assert (grouped(u)[0] - spread([0, 1, 0, 1])).abs().max() > 0.1
 
+
 # The mixing matrix
+
 
 @kinds
 def test_a_mixing_matrix_passes_padding_by(kind):
@@ -194,52 +298,79 @@ def test_a_mixing_matrix_passes_padding_by(kind):
     assert_close(rows[..., mask], mixer.mixing_matrix(u), atol=1e-5, rtol=1e-4)
     assert rows[..., ~mask].abs().max() == 0
 
+
 @kinds
 def test_a_mixing_matrix_trains_what_makes_it(kind):
     "Its gradient is the recurrence's, and reaches all but v's projection, the gate, the norm and the output."
     mixer, u = mixer_of(kind, "mamba"), inputs()
     weights = torch.randn(2, 4, 11, 6, generator=torch.Generator().manual_seed(0))
     q, k, v, *rates = mixer._inputs(u, None, None)
+
     def gradients(y):
         mixer.zero_grad()
         (y * weights).sum().backward(retain_graph=True)
-        return {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    ours, expected = gradients(mixer.mixing_matrix(u) @ v.detach().transpose(1, 2)), gradients(mixer.recurrence(q, k, v.detach(), *rates).transpose(1, 2))
+        return {
+            name: p.grad.clone()
+            for name, p in mixer.named_parameters()
+            if p.grad is not None and p.grad.abs().max() > 0
+        }
+
+    ours, expected = (
+        gradients(mixer.mixing_matrix(u) @ v.detach().transpose(1, 2)),
+        gradients(mixer.recurrence(q, k, v.detach(), *rates).transpose(1, 2)),
+    )
     rates = {"dt_proj.weight", "D"} if kind == "mamba2" else {"a_proj.weight", "b_proj.weight"}
-    assert ours.keys() == expected.keys() == {"q_proj.weight", "k_proj.weight", "conv_weight", "A_log", "dt_bias"} | rates
-    for name in ours: assert_close(ours[name], expected[name], atol=1e-4, rtol=1e-3)
+    assert (
+        ours.keys() == expected.keys() == {"q_proj.weight", "k_proj.weight", "conv_weight", "A_log", "dt_bias"} | rates
+    )
+    for name in ours:
+        assert_close(ours[name], expected[name], atol=1e-4, rtol=1e-3)
+
 
 # The starts
+
 
 @kinds
 def test_paper_start(kind):
     mixer = mixer_of(kind, scale=0, size=4096)
     rates = [mixer.dt_proj] if kind == "mamba2" else [mixer.a_proj, mixer.b_proj]
-    for p in (mixer.g_proj.weight, mixer.conv_weight, mixer.A_log, *(proj.weight for proj in rates)): assert 0 < p.abs().max() <= 0.04
-    assert_close(mixer.g_proj.weight.std().item(), 0.02 * 0.8796, atol=1e-4, rtol=0)               # a normal cut at two sigma
+    for p in (mixer.g_proj.weight, mixer.conv_weight, mixer.A_log, *(proj.weight for proj in rates)):
+        assert 0 < p.abs().max() <= 0.04
+    assert_close(mixer.g_proj.weight.std().item(), 0.02 * 0.8796, atol=1e-4, rtol=0)  # a normal cut at two sigma
     assert torch.equal(mixer.dt_bias, torch.zeros(4)) and torch.equal(mixer.norm.weight, torch.ones(6))
     assert kind == "gdn" or torch.equal(mixer.D, torch.zeros(4))
 
+
 @kinds
 def test_mamba_start(kind):
-    mixer, lowest, norm = mixer_of(kind, "mamba", scale=0), *{"mamba2": (1, "gate_then_norm"), "gdn": (0.0099, "norm_then_gate")}[kind]
+    mixer, lowest, norm = (
+        mixer_of(kind, "mamba", scale=0),
+        *{"mamba2": (1, "gate_then_norm"), "gdn": (0.0099, "norm_then_gate")}[kind],
+    )
     A, dt = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
     assert ((lowest <= A) & (A <= 16)).all() and ((0.99e-3 <= dt) & (dt <= 0.101)).all() and mixer.config.norm == norm
     assert kind == "gdn" or torch.equal(mixer.D, torch.ones(4))
+
 
 def test_identity_start_of_gated_deltanet():
     g, beta = mixer_of("gdn", "identity", scale=0).rates(inputs())
     assert_close(g, torch.full_like(g, -0.01))
     assert_close(beta, torch.full_like(beta, 0.5))
 
+
 @kinds
 def test_bad_mixer_fields(kind):
     config = MIXERS[kind].config_class
     for start in (config.for_init, mixer_of(kind).init_new):
-        with pytest.raises(ValueError, match="unknown init 'warm'; one of paper, mamba, identity"): start("warm")
-    with pytest.raises(ValueError, match="unknown mixer field 'conv'; one of conv_kernel, conv_activation"): config.for_init("paper", conv=4)
-    with pytest.raises(ValueError, match="conv_kernel is 0"): config(conv_kernel=0)
-    with pytest.raises(ValueError, match="norm is 'layer'; one of 'norm_then_gate'"): config(norm="layer")
+        with pytest.raises(ValueError, match="unknown init 'warm'; one of paper, mamba, identity"):
+            start("warm")
+    with pytest.raises(ValueError, match="unknown mixer field 'conv'; one of conv_kernel, conv_activation"):
+        config.for_init("paper", conv=4)
+    with pytest.raises(ValueError, match="conv_kernel is 0"):
+        config(conv_kernel=0)
+    with pytest.raises(ValueError, match="norm is 'layer'; one of 'norm_then_gate'"):
+        config(norm="layer")
+
 
 @pytest.fixture(scope="module")
 def toy(root):
@@ -249,11 +380,16 @@ def toy(root):
     ids = torch.randint(20, decoder.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     return teacher, decoder.layers[0].input_layernorm(decoder.embed_tokens(ids)).detach()
 
+
 def heads_of(attention, u):
     "The teacher's normalised q and k, and v, as attention makes them but for RoPE: [B, H, T, P]."
-    q, k, v = (proj(u).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (
+        proj(u).unflatten(-1, (-1, attention.head_dim))
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     q, k, v = (x.transpose(1, 2) for x in (attention.q_norm(q), attention.k_norm(k), v))
     return q, repeat_kv(k, attention.num_key_value_groups), repeat_kv(v, attention.num_key_value_groups)
+
 
 @torch.no_grad()
 def test_identity_without_decay_is_the_teachers_linear_attention(toy):
@@ -266,6 +402,7 @@ def test_identity_without_decay_is_the_teachers_linear_attention(toy):
     expected = attention.o_proj(((q @ k.mT).tril() @ v).transpose(1, 2).flatten(2))
     assert expected.square().mean().sqrt() > 1
     assert_close(mixer(u)[0], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+
 
 @torch.no_grad()
 def test_identity_of_gated_deltanet_is_the_delta_rule_on_the_teachers_projections(toy):

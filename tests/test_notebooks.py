@@ -1,4 +1,5 @@
 "Every notebook of the library runs from top to bottom, and leaves nothing behind."
+
 import multiprocessing
 import os
 from pathlib import Path
@@ -33,7 +34,9 @@ def run(path):
             done = shell.run_cell(cell.source)
             done.raise_error()
             if isinstance(done.result, Markdown):  # the front page's sentences and tables
-                assert cell.outputs[-1].data["text/markdown"] == done.result.data, f"run nbs/{path.name}, then make readme"
+                assert cell.outputs[-1].data["text/markdown"] == done.result.data, (
+                    f"run nbs/{path.name}, then make readme"
+                )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,5 @@
 "The project's own files: what is generated is current, what is declared is true, what is shipped is whole."
+
 import ast
 import builtins
 import html
@@ -36,8 +37,11 @@ def settings():
     "settings.ini's lists of requirements, by extra; the runtime's under ''."
     ini = ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini", encoding="utf-8")
-    return {name.removesuffix("requirements").strip("_"): [Requirement(line) for line in value.split()]
-            for name, value in ini["DEFAULT"].items() if name.endswith("requirements")}
+    return {
+        name.removesuffix("requirements").strip("_"): [Requirement(line) for line in value.split()]
+        for name, value in ini["DEFAULT"].items()
+        if name.endswith("requirements")
+    }
 
 
 def files(folder, pattern):
@@ -65,6 +69,16 @@ def test_notebooks_are_clean(tmp_path, copy_of_repository):
     assert not dirty, f"run nbdev-clean; it changes {dirty}"
 
 
+def test_notebooks_and_tests_are_formatted():
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--check", "nbs", "tests", "docs", "benchmarks", "setup.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"run make format\n{done.stdout}{done.stderr}"
+
+
 @notebooks
 def test_notebook_as_a_document(path):
     nb = nbformat.read(path, as_version=4)
@@ -78,7 +92,9 @@ def test_notebook_as_a_document(path):
 
 
 def test_readme_is_current():
-    expected = run("-c", "import sys; sys.path.insert(0, 'docs'); import build; sys.stdout.write(build.readme())", cwd=ROOT)
+    expected = run(
+        "-c", "import sys; sys.path.insert(0, 'docs'); import build; sys.stdout.write(build.readme())", cwd=ROOT
+    )
     assert (ROOT / "README.md").read_text(encoding="utf-8") == expected, "run make readme"
 
 
@@ -88,7 +104,9 @@ def test_requirements_are_pinned_to_what_is_installed(extra):
         operators = {s.operator for s in requirement.specifier}
         assert "==" in operators or {">=", "<"} <= operators, f"{requirement} has no tested range"
         if extra != "gpu":
-            assert requirement.specifier.contains(metadata.version(requirement.name)), f"{requirement} is not what is installed"
+            assert requirement.specifier.contains(metadata.version(requirement.name)), (
+                f"{requirement} is not what is installed"
+            )
 
 
 def test_environment_and_makefile_install_the_same():
@@ -100,18 +118,24 @@ def test_environment_and_makefile_install_the_same():
 
 
 def test_lmms_eval_has_one_version():
-    mentioned = {name: set(re.findall(r"lmms[-_]eval==([\d.]+\d)", (ROOT / name).read_text(encoding="utf-8")))
-                 for name in ("Makefile", "CONTRIBUTING.md", "settings.ini")}
+    mentioned = {
+        name: set(re.findall(r"lmms[-_]eval==([\d.]+\d)", (ROOT / name).read_text(encoding="utf-8")))
+        for name in ("Makefile", "CONTRIBUTING.md", "settings.ini")
+    }
     assert all(versions == {metadata.version("lmms-eval")} for versions in mentioned.values()), mentioned
 
 
+APPENDIX = ("files", "samples", "density_cache", "minicpm")  # 9x: below all shelves, in this order
+
+
 def modules():
-    "The place of each exported module in the order of the shelves, from the number of its notebook; the appendix, 9x, is the lowest."
+    "The place of each exported module in the order of the shelves: the number of its notebook, the appendix lowest."
     numbers = {}
     for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
-        exported = re.search(r"^#\| *default_exp +(\S+)", "\n".join(c.source for c in nbformat.read(path, 4).cells), re.M)
-        if exported:  # the tour exports nothing
-            numbers[exported[1]] = int(path.name[:2]) % 90 - 90 * (path.name[0] == "9")
+        code = "\n".join(c.source for c in nbformat.read(path, 4).cells)
+        if exported := re.search(r"^#\| *default_exp +(\S+)", code, re.M):  # the tour exports nothing
+            name = exported[1]
+            numbers[name] = APPENDIX.index(name) - len(APPENDIX) if path.name[0] == "9" else int(path.name[:2])
     return numbers
 
 
@@ -119,7 +143,9 @@ def source(path):
     "The code of a Python file or of a notebook."
     if path.suffix == ".py":
         return path.read_text(encoding="utf-8")
-    return "\n".join(re.sub(r"^[%!].*", "", c.source, flags=re.M) for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    return "\n".join(
+        re.sub(r"^[%!].*", "", c.source, flags=re.M) for c in nbformat.read(path, 4).cells if c.cell_type == "code"
+    )
 
 
 def imports(path):
@@ -140,7 +166,17 @@ def test_imports_run_down_the_numbers(name):
     used = set(imports(ROOT / "heed_nb" / f"{name}.py"))
     ours = {module.split(".")[1] for module in used if module.startswith("heed_nb.")} & numbers.keys()
     assert all(numbers[other] < numbers[name] for other in ours), f"{name} imports {ours}"
-    if name in ("conditions", "files", "density", "sensitivity", "density_cache", "ssd", "gated_delta", "losses", "results"):
+    if name in (
+        "conditions",
+        "files",
+        "density",
+        "sensitivity",
+        "density_cache",
+        "ssd",
+        "gated_delta",
+        "losses",
+        "results",
+    ):
         assert not any(module.split(".")[0] == "transformers" for module in used)
     if name == "evaluate":
         assert "trainer" not in ours
@@ -150,12 +186,19 @@ def test_imports_are_declared():
     names, distributions = settings(), metadata.packages_distributions()
     declared = {extra: {canonicalize_name(r.name) for r in requirements} for extra, requirements in names.items()}
     own = {"heed_nb", "lmms_eval", "build", *(p.stem for p in ROOT.glob("tests/*.py"))}  # lmms-eval: see settings.ini
-    everything = [*(ROOT / "heed_nb").rglob("*.py"), *(ROOT / "tests").glob("*.py"), *(ROOT / "docs").glob("*.py"), *NOTEBOOKS]
+    everything = [
+        *(ROOT / "heed_nb").rglob("*.py"),
+        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "docs").glob("*.py"),
+        *NOTEBOOKS,
+    ]
     for path in everything:
         extras = ("", "eval") if "heed_nb" in path.relative_to(ROOT).parts else ("", "eval", "dev")
         allowed = set().union(*(declared[extra] for extra in extras))
         for module in {name.split(".")[0] for name in imports(path)} - own - set(sys.stdlib_module_names):
-            assert allowed & {canonicalize_name(name) for name in distributions[module]}, f"{path.name} imports {module}"
+            assert allowed & {canonicalize_name(name) for name in distributions[module]}, (
+                f"{path.name} imports {module}"
+            )
 
 
 def test_no_module_is_called_utils():
@@ -183,8 +226,11 @@ def test_wheel_declares_settings_ini(wheel):
         name = next(n for n in archive.namelist() if n.endswith("METADATA"))
         lines = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.M)
     declared = {(r.name, str(r.specifier), str(r.marker or "")) for r in map(Requirement, lines)}
-    expected = {(r.name, str(r.specifier), f'extra == "{extra}"' if extra else "")
-                for extra, requirements in settings().items() for r in requirements}
+    expected = {
+        (r.name, str(r.specifier), f'extra == "{extra}"' if extra else "")
+        for extra, requirements in settings().items()
+        for r in requirements
+    }
     assert declared == expected
 
 
@@ -197,7 +243,15 @@ for name in sys.argv[2:]:
     module = importlib.import_module(f"heed_nb.{name}")
     assert module.__file__.startswith(sys.argv[1]), module.__file__
 """
-    run("-c", code, str(site), "_modidx", *modules(), cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"})
+    run(
+        "-c",
+        code,
+        str(site),
+        "_modidx",
+        *modules(),
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -209,23 +263,26 @@ def builder():
     return module
 
 
-@pytest.mark.parametrize("text, tags", [
-    ("$x$ begins a paragraph", "p span math"),
-    ("$x$", "p span math"),
-    ("$x$ begins a line\n$y$ begins another", "p span math span math"),
-    ("- $x$ begins an item", "ul li span math"),
-    ("- an item\n\n    $$x$$\n\n    goes on", "ul li p p span math p"),
-    ("> $x$ begins a quotation", "blockquote p span math"),
-    ("| a |\n|---|\n| $x$ |", "table thead tr th tbody tr td span math"),
-    ("## $x$ begins a heading", "h2 span math a"),
-    ("before\n$$x \\tag{1}$$\nafter", "p span math"),
-    ("$a\n+ b$ on two lines", "p span math"),
-    ("it costs $5, or $6 or 7\\$", "p"),
-    ("`$x$` is code", "p code"),
-    ("![$x$ of $y$](a.png)", "p img"),
-    ("| a |\n|---|\n| Σ_ℓ ‖r̂_{ℓ,p} − r_{ℓ,p}‖², S*,p or S*,q |", "table thead tr th tbody tr td"),
-    ("*a* and _b_, **c** and __d__, e_f_g", "p em em strong strong"),
-])
+@pytest.mark.parametrize(
+    "text, tags",
+    [
+        ("$x$ begins a paragraph", "p span math"),
+        ("$x$", "p span math"),
+        ("$x$ begins a line\n$y$ begins another", "p span math span math"),
+        ("- $x$ begins an item", "ul li span math"),
+        ("- an item\n\n    $$x$$\n\n    goes on", "ul li p p span math p"),
+        ("> $x$ begins a quotation", "blockquote p span math"),
+        ("| a |\n|---|\n| $x$ |", "table thead tr th tbody tr td span math"),
+        ("## $x$ begins a heading", "h2 span math a"),
+        ("before\n$$x \\tag{1}$$\nafter", "p span math"),
+        ("$a\n+ b$ on two lines", "p span math"),
+        ("it costs $5, or $6 or 7\\$", "p"),
+        ("`$x$` is code", "p code"),
+        ("![$x$ of $y$](a.png)", "p img"),
+        ("| a |\n|---|\n| Σ_ℓ ‖r̂_{ℓ,p} − r_{ℓ,p}‖², S*,p or S*,q |", "table thead tr th tbody tr td"),
+        ("*a* and _b_, **c** and __d__, e_f_g", "p em em strong strong"),
+    ],
+)
 def test_markdown_of_the_site(text, tags, builder, tmp_path):
     config = builder.load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(tmp_path))
     file = File("a.md", str(tmp_path), str(tmp_path), use_directory_urls=False)
@@ -237,19 +294,22 @@ def test_markdown_of_the_site(text, tags, builder, tmp_path):
     assert " ".join(found) == tags, page.content
 
 
-@pytest.mark.parametrize("cells, folded", [
-    (["#| hide\nimport math", "math.pi"], [0]),
-    (["#| echo: false\nimport os.path", "os.sep"], [0]),
-    (["#| hide\na = 1", "#| hide\nb = a", "#| hide\nc = b", "b"], [0, 1]),
-    (["#| hide\ndef f(): return 1", "def g(x: int = 0): return [f() for _ in range(x)]"], [0]),
-    (["#| hide\na = 1", "class A:\n    b = a"], [0]),
-    (["#| hide\na = 1", "a += 1"], [0]),
-    (["#| hide\na = 1", "a = 2", "a"], []),
-    (["a = 1", "#| hide\na = 2", "a"], [1]),
-    (["a = 1", "a", "#| hide\na = 2"], []),
-    (["#| hide\na = 1", "[a for a in range(3)]", "def f(a): return a", "for a in range(3): a"], []),
-    (["#| hide\na = 1", "[a for b in range(3) if (a := b)]"], []),
-])
+@pytest.mark.parametrize(
+    "cells, folded",
+    [
+        (["#| hide\nimport math", "math.pi"], [0]),
+        (["#| echo: false\nimport os.path", "os.sep"], [0]),
+        (["#| hide\na = 1", "#| hide\nb = a", "#| hide\nc = b", "b"], [0, 1]),
+        (["#| hide\ndef f(): return 1", "def g(x: int = 0): return [f() for _ in range(x)]"], [0]),
+        (["#| hide\na = 1", "class A:\n    b = a"], [0]),
+        (["#| hide\na = 1", "a += 1"], [0]),
+        (["#| hide\na = 1", "a = 2", "a"], []),
+        (["a = 1", "#| hide\na = 2", "a"], [1]),
+        (["a = 1", "a", "#| hide\na = 2"], []),
+        (["#| hide\na = 1", "[a for a in range(3)]", "def f(a): return a", "for a in range(3): a"], []),
+        (["#| hide\na = 1", "[a for b in range(3) if (a := b)]"], []),
+    ],
+)
 def test_hidden_cells_that_shown_ones_need(cells, folded, builder, tmp_path):
     nbformat.write(v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells]), tmp_path / "a.ipynb")
     setup = [part for part in builder.notebook_parts(tmp_path / "a.ipynb", None) if "<details" in part]
@@ -312,7 +372,9 @@ def test_pages_of_the_site(site):
 @notebooks
 def test_page_of_a_notebook(path, site, builder):
     page = article((site / path.relative_to(ROOT / "nbs")).with_suffix(".html"))
-    title = next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown").splitlines()[0].strip("# ")
+    title = (
+        next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown").splitlines()[0].strip("# ")
+    )
     assert re.sub(r"\W+", "", title) in re.sub(r"\W+", "", plain(page))
 
     blocks = re.findall(r'<div class="language-python highlight">.*?<code>(.*?)</code>', page, re.S)

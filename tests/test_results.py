@@ -1,4 +1,5 @@
 "Runs as files under faults, the paper's numbers, and the tables made of both."
+
 import csv
 import itertools
 import json
@@ -19,8 +20,27 @@ import pytest
 import heed_nb
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, Scale
 from heed_nb.files import locked, write_file
-from heed_nb.results import (LADDER, PAPER, asked_runs, budget_figure, code_version, contrast, ladder_figure, legend, paper_checks, paper_table, parse_run_name,
-                             publish, read_run, read_runs, run_name, scores, sentence, verdict, write_run)
+from heed_nb.results import (
+    LADDER,
+    PAPER,
+    asked_runs,
+    budget_figure,
+    code_version,
+    contrast,
+    ladder_figure,
+    legend,
+    paper_checks,
+    paper_table,
+    parse_run_name,
+    publish,
+    read_run,
+    read_runs,
+    run_name,
+    scores,
+    sentence,
+    verdict,
+    write_run,
+)
 
 
 # Files
@@ -86,7 +106,7 @@ def test_killed_while_writing(tmp_path):
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.join()
-        run, = read_runs(tmp_path, "distill")
+        (run,) = read_runs(tmp_path, "distill")
         assert len(set(run["numbers"]["i"])) == 1 and len(run["numbers"]["i"]) == 20000
         assert (run["condition"], run["seed"], run["token_budget"]) == ("C4", 0, 1000)
     write_run(path, "distill", {}, {})
@@ -162,7 +182,9 @@ def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
     package = write_file(tmp_path / "heed_nb" / "__init__.py", "")
     write_file(tmp_path / "README.md", "one")
     monkeypatch.setattr(heed_nb, "__file__", str(package))
-    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True, capture_output=True)
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True, capture_output=True
+    )
     assert code_version() == {"commit": None, "dirty": None}
     git("init")
     assert code_version() == {"commit": None, "dirty": None}
@@ -177,6 +199,7 @@ def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
 
 # The paper
 
+
 def test_averages_by_hand():
     with open(PAPER / "table_04.csv", newline="") as file:
         rows = {row["row"]: row for row in csv.DictReader(file)}
@@ -190,23 +213,46 @@ def test_where_the_paper_differs_from_itself():
     checks = paper_checks()
     differ = {(line.place, line.says, line.recomputed) for line in checks[~checks.agrees].itertuples()}
     assert differ == {
-        ("Abstract", "13", 8.5), ("Abstract", "13", 11.35), ("A.4", "-0.9", -1.1), ("A.4", "at most 1", -1.1), ("A.5", "0.25", 0.15),
-        ("A.8", "50.5", 54.5), ("A.9", "2.44", 3.5), ("A.9", "1.58", 2.24), ("Sect. 3.2", "0.05", 0.1), ("Tab. 12", "44", 44.7761),
-        ("B.2", "500", 249.12)}
+        ("Abstract", "13", 8.5),
+        ("Abstract", "13", 11.35),
+        ("A.4", "-0.9", -1.1),
+        ("A.4", "at most 1", -1.1),
+        ("A.5", "0.25", 0.15),
+        ("A.8", "50.5", 54.5),
+        ("A.9", "2.44", 3.5),
+        ("A.9", "1.58", 2.24),
+        ("Sect. 3.2", "0.05", 0.1),
+        ("Tab. 12", "44", 44.7761),
+        ("B.2", "500", 249.12),
+    }
 
 
-@pytest.mark.parametrize("number, row, column, value", [
-    (2, "reasoning", "C2+", "69.48"), (5, "chartqa", "C5", "85.6"), (5, "mathvista", "C6", "77.9"), (6, "GLM-4.6V-Flash (9B)", "C4+", "61.2"),
-    (7, "C5", "gpu_hours_2b_tokens", "260"), (8, "+SL", "ocrbench_v2", "58.1"), (9, "C4-C3", "fine_grained_spread", "0.37"),
-    (11, "peak learning rate", "dpo", "1e-6"), ("A.8", "25", "density", "58.0")])
+@pytest.mark.parametrize(
+    "number, row, column, value",
+    [
+        (2, "reasoning", "C2+", "69.48"),
+        (5, "chartqa", "C5", "85.6"),
+        (5, "mathvista", "C6", "77.9"),
+        (6, "GLM-4.6V-Flash (9B)", "C4+", "61.2"),
+        (7, "C5", "gpu_hours_2b_tokens", "260"),
+        (8, "+SL", "ocrbench_v2", "58.1"),
+        (9, "C4-C3", "fine_grained_spread", "0.37"),
+        (11, "peak learning rate", "dpo", "1e-6"),
+        ("A.8", "25", "density", "58.0"),
+    ],
+)
 def test_transcription(number, row, column, value):
     assert paper_table(number, printed=True).loc[row, column] == value
 
 
 # Tables from runs
 
+
 @pytest.mark.parametrize("teacher", [None, "toy-glm4v", "InternVL3_5-8B-HF", "C0", "C4-seed0-budget7"])
-@pytest.mark.parametrize("condition, seed, budget", [("C0", None, None), ("C4", 0, 1), ("C4-shuffled", 12, 200000), ("-Density", 1, 5), ("+LD", 0, 5)])
+@pytest.mark.parametrize(
+    "condition, seed, budget",
+    [("C0", None, None), ("C4", 0, 1), ("C4-shuffled", 12, 200000), ("-Density", 1, 5), ("+LD", 0, 5)],
+)
 def test_the_name_of_a_run_says_what_it_is(condition, seed, budget, teacher):
     name = run_name(condition, seed, budget, teacher)
     assert parse_run_name(name) == dict(condition=condition, seed=seed, token_budget=budget, teacher=teacher)
@@ -220,8 +266,12 @@ def made_up(folder, conditions=LADDER, seeds=(0, 1, 2), budgets=(1000, 2000), se
         for s, budget in [(None, None)] if condition == "C0" else [(s, b) for s in seeds for b in budgets]:
             level = 95 if condition == "C0" else 40 + 5 * int(condition[1]) + 10 * (budget == 2000)
             measured = {key: level + rng.uniform(-1, 1) for key in BENCHMARKS}
-            write_run(folder / run_name(condition, s, budget) / "evaluate.json", "evaluate", {"condition": condition},
-                      {"scores": measured, "n": dict.fromkeys(BENCHMARKS, 100)})
+            write_run(
+                folder / run_name(condition, s, budget) / "evaluate.json",
+                "evaluate",
+                {"condition": condition},
+                {"scores": measured, "n": dict.fromkeys(BENCHMARKS, 100)},
+            )
     return folder
 
 
@@ -268,7 +318,9 @@ def test_table_1_from_runs(paper, tmp_path):
     runs = read_runs(made_up(tmp_path / "runs"))
     paper("table_01", runs=tmp_path / "runs", out=tmp_path, token_budget=2000)
     text = (tmp_path / "tables" / "table_01.md").read_text()
-    c4 = [run["numbers"]["scores"]["docvqa"] for run in runs if run["condition"] == "C4" and run["token_budget"] == 2000]
+    c4 = [
+        run["numbers"]["scores"]["docvqa"] for run in runs if run["condition"] == "C4" and run["token_budget"] == 2000
+    ]
     assert cell(text, "DocVQA", "C4 HEED") == f"{statistics.mean(c4):.1f} ± {statistics.stdev(c4):.1f}"
     assert "C4 beats C3 on the fine-grained average" in text
     assert "C1-seed{0,1,2}-budget2000" in text and "Missing" not in text
@@ -301,33 +353,58 @@ def test_table_1_of_a_part(paper, tmp_path, conditions):
         assert cell(text, "Fine-grained Avg. (6)", "C0 Teacher") == ""
 
 
-@pytest.mark.parametrize("page, given", [
-    ("table_01", dict(conditions=["C4"])), ("table_01", dict(seeds=[1])), ("table_01", dict(runs="elsewhere")), ("figure_01", dict(token_budget=5)), ("claims", dict(runs="elsewhere")),
-    ("table_01_budgets", dict(seeds=[0])), ("table_05", dict(conditions=["C0", "C4"])), ("table_06", dict(teachers=["outputs/teachers/toy-glm4v"])), ("table_09", dict(seeds=[1])),
-    ("table_08", dict(side_conditions=[])), ("figure_06", dict(pair=["C1", "C4"])), ("figure_a8", dict(seeds=[0])), ("open_points", dict(choices=["init=mamba"])),
-    ("figure_03", dict(condition="C4")), ("figure_02", dict(teacher="outputs/teachers/toy-glm4v")), ("table_03_runs", dict(conditions=["C0", "C1"]))])
+@pytest.mark.parametrize(
+    "page, given",
+    [
+        ("table_01", dict(conditions=["C4"])),
+        ("table_01", dict(seeds=[1])),
+        ("table_01", dict(runs="elsewhere")),
+        ("figure_01", dict(token_budget=5)),
+        ("claims", dict(runs="elsewhere")),
+        ("table_01_budgets", dict(seeds=[0])),
+        ("table_05", dict(conditions=["C0", "C4"])),
+        ("table_06", dict(teachers=["outputs/teachers/toy-glm4v"])),
+        ("table_09", dict(seeds=[1])),
+        ("table_08", dict(side_conditions=[])),
+        ("figure_06", dict(pair=["C1", "C4"])),
+        ("figure_a8", dict(seeds=[0])),
+        ("open_points", dict(choices=["init=mamba"])),
+        ("figure_03", dict(condition="C4")),
+        ("figure_02", dict(teacher="outputs/teachers/toy-glm4v")),
+        ("table_03_runs", dict(conditions=["C0", "C1"])),
+    ],
+)
 def test_a_part_of_a_page_has_a_folder_of_its_own(paper, root, page, given):
-    (name, value), = given.items()
-    with pytest.raises(ValueError, match=rf"^({name} {re.escape(repr(value))} makes another {page} than scale smoke's: give its folder as `out`|side_conditions is \[\]; .*)$"):
+    ((name, value),) = given.items()
+    with pytest.raises(
+        ValueError,
+        match=rf"^({name} {re.escape(repr(value))} makes another {page} than scale smoke's: give its folder as `out`|side_conditions is \[\]; .*)$",
+    ):
         paper(page, scale="smoke", **given)
     assert not (root / "outputs/smoke/tables").exists()
 
 
 def test_table_1_of_nothing_fails_and_leaves_the_earlier(paper, tmp_path):
     write_file(tmp_path / "tables" / "table_01.md", "earlier")
-    with pytest.raises(ValueError, match=r"^no run of C0, C1, C2, C3, C4 at 200000 tokens in .*runs; run `make all SCALE=toy` first$"):
+    with pytest.raises(
+        ValueError, match=r"^no run of C0, C1, C2, C3, C4 at 200000 tokens in .*runs; run `make all SCALE=toy` first$"
+    ):
         paper("table_01", out=tmp_path, runs=tmp_path / "runs")
     assert (tmp_path / "tables" / "table_01.md").read_text() == "earlier"
 
 
-@pytest.mark.parametrize("parameters, message", [
-    (dict(scael="toy"), "unknown parameter 'scael'; allowed: scale"),
-    (dict(scale="toi"), "unknown scale 'toi'; one of "),
-    (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0"),
-    (dict(conditions=[]), "conditions is []; it takes a list of names, or nothing"),
-    (dict(seeds=[float("nan")]), "seeds is [nan]; it takes a list of whole numbers"),
-    (dict(token_budget="200k"), "token_budget is '200k'; it takes a whole number above 0"),
-    (dict(runs=""), "runs is ''; it takes a text that is not empty")])
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        (dict(scael="toy"), "unknown parameter 'scael'; allowed: scale"),
+        (dict(scale="toi"), "unknown scale 'toi'; one of "),
+        (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0"),
+        (dict(conditions=[]), "conditions is []; it takes a list of names, or nothing"),
+        (dict(seeds=[float("nan")]), "seeds is [nan]; it takes a list of whole numbers"),
+        (dict(token_budget="200k"), "token_budget is '200k'; it takes a whole number above 0"),
+        (dict(runs=""), "runs is ''; it takes a text that is not empty"),
+    ],
+)
 def test_table_1_refuses(paper, tmp_path, parameters, message):
     made_up(tmp_path / "runs", conditions=("C0",))
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -340,17 +417,28 @@ def test_table_1_refuses(paper, tmp_path, parameters, message):
 def runs_with(folder, ocr, teacher=None, family="qwen3_vl", budget=2000):
     "Runs of one teacher: OCRBench v2 by condition and seed, 50 on everything else."
     for (condition, seed), score in ocr.items():
-        write_run(folder / run_name(condition, seed, seed if seed is None else budget, teacher) / "evaluate.json", "evaluate", {"model_type": family},
-                  {"scores": dict.fromkeys(BENCHMARKS, 50) | {"ocrbench_v2": score}, "n": dict.fromkeys(BENCHMARKS, 100)})
+        write_run(
+            folder / run_name(condition, seed, seed if seed is None else budget, teacher) / "evaluate.json",
+            "evaluate",
+            {"model_type": family},
+            {"scores": dict.fromkeys(BENCHMARKS, 50) | {"ocrbench_v2": score}, "n": dict.fromkeys(BENCHMARKS, 100)},
+        )
 
 
 def test_table_5_by_hand(paper, tmp_path):
-    runs_with(tmp_path / "runs", {("C0", None): 90, ("C4", 0): 60, ("C4", 1): 70, ("C6", 0): 66, ("C6", 1): 71, ("C3", 0): 1})
-    paper("table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, seeds=[0, 1], conditions=["C0", "C4", "C6"])
+    runs_with(
+        tmp_path / "runs", {("C0", None): 90, ("C4", 0): 60, ("C4", 1): 70, ("C6", 0): 66, ("C6", 1): 71, ("C3", 0): 1}
+    )
+    paper(
+        "table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, seeds=[0, 1], conditions=["C0", "C4", "C6"]
+    )
     text = (tmp_path / "tables" / "table_05.md").read_text()
     assert cell(text, "OCRBench v2", "C6 HEED-GDN") == "68.5 ± 3.5"
     assert cell(text, "OCRBench v2", "C5 HEED-G") == "" and "*59.8*" in text and "Not run: C5." in text
-    assert "C6 does not clearly beat C4 on OCRBench v2: +3.50 ± 2.50 points (mean ± SE, 2 seeds; ahead in 2 of 2). The paper has +0.70." in text
+    assert (
+        "C6 does not clearly beat C4 on OCRBench v2: +3.50 ± 2.50 points (mean ± SE, 2 seeds; ahead in 2 of 2). The paper has +0.70."
+        in text
+    )
     assert "Missing" not in text and "C3" not in text
     paper("table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, seeds=[0, 2], conditions=["C0", "C6"])
     assert "**Missing**: C6-seed2-budget2000." in (tmp_path / "tables" / "table_05.md").read_text()
@@ -360,18 +448,48 @@ def test_the_curves_of_tables_5_and_6(paper, tmp_path):
     "C6 against C4 over two budgets; C4 against C3 on the teacher that has students."
     runs = tmp_path / "runs"
     for budget, gain in ((1000, 0), (2000, 10)):
-        runs_with(runs, {("C0", None): 90, **{(c, s): 40 + gain * (c == "C6") + s * s for c in ("C4", "C6") for s in (0, 1)}}, budget=budget)
+        runs_with(
+            runs,
+            {("C0", None): 90, **{(c, s): 40 + gain * (c == "C6") + s * s for c in ("C4", "C6") for s in (0, 1)}},
+            budget=budget,
+        )
     runs_with(runs, {("C0", None): 80, ("C3", 0): 30, ("C4", 0): 45}, "toy-glm4v", "glm4v", budget=1000)
-    paper("table_05", runs=runs, out=tmp_path, token_budget=2000, side_budgets=[1000], seeds=[0, 1], conditions=["C0", "C4", "C6"])
+    paper(
+        "table_05",
+        runs=runs,
+        out=tmp_path,
+        token_budget=2000,
+        side_budgets=[1000],
+        seeds=[0, 1],
+        conditions=["C0", "C4", "C6"],
+    )
     text = (tmp_path / "tables" / "table_05.md").read_text()
     table, curve = text.split("## Over token budgets")
     assert cell(table, "OCRBench v2", "C6 HEED-GDN") == "50.5 ± 0.7" and "Missing" not in text
-    assert cell(curve, "C6", "1,000") == "40.5 ± 0.7" and cell(curve, "C6", "2,000") == "50.5 ± 0.7" and cell(curve, "C4", "2,000") == "40.5 ± 0.7"
+    assert (
+        cell(curve, "C6", "1,000") == "40.5 ± 0.7"
+        and cell(curve, "C6", "2,000") == "50.5 ± 0.7"
+        and cell(curve, "C4", "2,000") == "40.5 ± 0.7"
+    )
     assert "C6 against C4: On OCRBench v2, C6 beats C4 at 2,000; no clear difference at 1,000 tokens." in text
-    paper("table_06", runs=runs, out=tmp_path, token_budget=2000, side_budgets=[1000], seeds=[0], conditions=["C0", "C3", "C4"])
+    paper(
+        "table_06",
+        runs=runs,
+        out=tmp_path,
+        token_budget=2000,
+        side_budgets=[1000],
+        seeds=[0],
+        conditions=["C0", "C3", "C4"],
+    )
     text = (tmp_path / "tables" / "table_06.md").read_text()
-    assert "toy-glm4v: Only one token budget was run. On OCRBench v2, C4 is ahead of C3 with one seed at 1,000 tokens." in text
-    assert "toy-glm4v/C3-seed0-budget2000" in text.partition("**Missing**")[2] and "toy-glm4v/C3-seed0-budget1000" not in text.partition("**Missing**")[2]
+    assert (
+        "toy-glm4v: Only one token budget was run. On OCRBench v2, C4 is ahead of C3 with one seed at 1,000 tokens."
+        in text
+    )
+    assert (
+        "toy-glm4v/C3-seed0-budget2000" in text.partition("**Missing**")[2]
+        and "toy-glm4v/C3-seed0-budget1000" not in text.partition("**Missing**")[2]
+    )
     for name in ("table_05", "table_06"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -380,23 +498,38 @@ def test_table_6_by_hand(paper, tmp_path):
     "Three teachers, the third without a run; of the paper's, one has no teacher here."
     runs = tmp_path / "runs"
     runs_with(runs, {("C0", None): 90, **{(c, s): 40 + 10 * int(c[1]) + s * s for c in LADDER[1:] for s in (0, 1, 2)}})
-    runs_with(runs, {("C0", None): 80, ("C1", 0): 30, ("C3", 0): 41, ("C3", 1): 99, ("C4", 0): 39}, "toy-glm4v", "glm4v")
+    runs_with(
+        runs, {("C0", None): 80, ("C1", 0): 30, ("C3", 0): 41, ("C3", 1): 99, ("C4", 0): 39}, "toy-glm4v", "glm4v"
+    )
     paper("table_06", runs=runs, out=tmp_path, token_budget=2000)
     with open(tmp_path / "tables" / "table_06.csv", newline="") as file:
         rows = {(row["teacher"], row["family"], row["column"]): row for row in csv.DictReader(file)}
     text = (tmp_path / "tables" / "table_06.md").read_text()
     number = lambda *key: tuple(float(rows[key][name] or "nan") for name in ("mean", "sd", "se", "n", "paper"))
     spread = statistics.stdev([0, 1, 4])
-    assert number("toy-qwen3vl", "qwen3_vl", "C4") == pytest.approx((80 + 5 / 3, spread, float("nan"), 3, 59.2), abs=1e-4, nan_ok=True)
-    assert number("toy-qwen3vl", "qwen3_vl", "C4-C3") == pytest.approx((10, float("nan"), 0, 3, 4.7), abs=1e-4, nan_ok=True)
+    assert number("toy-qwen3vl", "qwen3_vl", "C4") == pytest.approx(
+        (80 + 5 / 3, spread, float("nan"), 3, 59.2), abs=1e-4, nan_ok=True
+    )
+    assert number("toy-qwen3vl", "qwen3_vl", "C4-C3") == pytest.approx(
+        (10, float("nan"), 0, 3, 4.7), abs=1e-4, nan_ok=True
+    )
     assert number("toy-glm4v", "glm4v", "C3") == pytest.approx((41, float("nan"), float("nan"), 1, 55.0), nan_ok=True)
     assert number("toy-glm4v", "glm4v", "C4-C3") == pytest.approx((-2, float("nan"), float("nan"), 1, 3.7), nan_ok=True)
     assert number("toy-glm4v", "glm4v", "C2") == pytest.approx((float("nan"),) * 3 + (0, 54.3), nan_ok=True)
     assert number("", "minicpmv", "C0") == pytest.approx((float("nan"),) * 3 + (0, 58.8), nan_ok=True)
-    assert cell(text, "toy-qwen3vl", "C4 HEED") == f"{80 + 5 / 3:.1f} ± {spread:.1f}" and cell(text, "toy-glm4v", "C4 – C3") == "-2.0 (n=1)"
-    assert "toy-glm4v/C2-seed0-budget2000" in text.partition("**Missing**")[2] and "toy-internvl/C0" in text.partition("**Missing**")[2]
+    assert (
+        cell(text, "toy-qwen3vl", "C4 HEED") == f"{80 + 5 / 3:.1f} ± {spread:.1f}"
+        and cell(text, "toy-glm4v", "C4 – C3") == "-2.0 (n=1)"
+    )
+    assert (
+        "toy-glm4v/C2-seed0-budget2000" in text.partition("**Missing**")[2]
+        and "toy-internvl/C0" in text.partition("**Missing**")[2]
+    )
     assert "toy-internvl: C4 against C3 on OCRBench v2: no seed has both." in text
-    assert "toy-glm4v: C4 is level with C3 on OCRBench v2: -2.00 points (one seed" in text and "The paper has +3.7 on GLM-4.6V-Flash (9B)." in text
+    assert (
+        "toy-glm4v: C4 is level with C3 on OCRBench v2: -2.00 points (one seed" in text
+        and "The paper has +3.7 on GLM-4.6V-Flash (9B)." in text
+    )
     assert "positive on 1 of 2 teachers; C4 beats C3, or is ahead of it with one seed, on 1." in text
     assert next(line for line in text.splitlines() if "MiniCPM-V 4.5" in line).split("|")[1].strip() == "not run"
 
@@ -405,11 +538,18 @@ def test_the_scales_seeds_are_those_of_a_condition(tmp_path):
     runs_with(tmp_path, {("C0", None): 90, **{(c, s): 50 for c in ("C1", "C4") for s in (0, 1)}})
     scale = Scale("made", teacher="t", token_budget=2000, seeds=(0,), more_seeds={"C4": (1, 2)})
     wanted, found, missing = asked_runs(tmp_path, scale, ["C0", "C1", "C4"], 2000)
-    assert [run["name"] for run in found] == ["C0", "C1-seed0-budget2000", "C4-seed0-budget2000", "C4-seed1-budget2000"] and missing == ["C4-seed2-budget2000"]
+    assert [run["name"] for run in found] == [
+        "C0",
+        "C1-seed0-budget2000",
+        "C4-seed0-budget2000",
+        "C4-seed1-budget2000",
+    ] and missing == ["C4-seed2-budget2000"]
 
 
 def test_table_6_of_an_unknown_teacher_or_of_nothing(paper, tmp_path):
-    with pytest.raises(ValueError, match="^unknown teacher 'toy-glm' of scale toy; one of outputs/teachers/toy-qwen3vl, "):
+    with pytest.raises(
+        ValueError, match="^unknown teacher 'toy-glm' of scale toy; one of outputs/teachers/toy-qwen3vl, "
+    ):
         paper("table_06", runs=tmp_path, out=tmp_path, teachers=["toy-glm"])
     for name in ("table_05", "table_06"):
         with pytest.raises(ValueError, match="^no run of C0, .* run `make all SCALE=toy` first$"):
@@ -417,24 +557,41 @@ def test_table_6_of_an_unknown_teacher_or_of_nothing(paper, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("budgets, says", [((1000, 2000), "C4 beats C3 at 1,000, 2,000 tokens."), ((1000,), "Only one token budget was run.")])
+@pytest.mark.parametrize(
+    "budgets, says",
+    [((1000, 2000), "C4 beats C3 at 1,000, 2,000 tokens."), ((1000,), "Only one token budget was run.")],
+)
 def test_curve_and_figure(paper, tmp_path, budgets, says):
     made_up(tmp_path / "runs", budgets=budgets)
     for name, given in (("table_01_budgets", {}), ("figure_01", dict(token_budget=1000))):
         namespace = paper(name, runs=tmp_path / "runs", out=tmp_path, **given)
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert says in (tmp_path / "tables" / "table_01_budgets.md").read_text()
-    assert "a loss of 13.3 points on OCRBench v2 for C1, of which C4 recovers 4.7 over C3" in (tmp_path / "tables" / "figure_01.md").read_text()
-    drawn = ladder_figure(namespace["cells"]), budget_figure({"a": namespace["measured"]} if "measured" in namespace else {"a": scores(namespace["found"]).query("row == 'average'")})
+    assert (
+        "a loss of 13.3 points on OCRBench v2 for C1, of which C4 recovers 4.7 over C3"
+        in (tmp_path / "tables" / "figure_01.md").read_text()
+    )
+    drawn = (
+        ladder_figure(namespace["cells"]),
+        budget_figure(
+            {"a": namespace["measured"]}
+            if "measured" in namespace
+            else {"a": scores(namespace["found"]).query("row == 'average'")}
+        ),
+    )
     assert all(figure.axes[0].get_ylim()[1] > 102 for figure in drawn)  # a spread at 100 is not cut
 
 
 def test_verdicts_are_by_students_interval(tmp_path):
     "Three seeds: 2.5 standard errors from 0, within Student's interval, which the claims judge by, too."
-    runs_with(tmp_path, {(c, s): 50 + (c == "C4") * (10 + gap) for c in ("C3", "C4") for s, gap in enumerate((-4, -3, 7))})
+    runs_with(
+        tmp_path, {(c, s): 50 + (c == "C4") * (10 + gap) for c in ("C3", "C4") for s, gap in enumerate((-4, -3, 7))}
+    )
     c = contrast(scores(read_runs(tmp_path)), "C4", "C3", "ocrbench_v2")
     assert 2 < c["mean"] / c["se"] < 4.3 and verdict(c) == "no clear difference"
-    assert verdict(c | dict(mean=4.4 * c["se"])) == "beats" and "C4 trails C3" in (trails := sentence(c | dict(mean=-4.4 * c["se"])))
+    assert verdict(c | dict(mean=4.4 * c["se"])) == "beats" and "C4 trails C3" in (
+        trails := sentence(c | dict(mean=-4.4 * c["se"]))
+    )
     assert '"trails" where it lies below 0' in legend(trails) and "beats" not in legend(trails) and legend("") == ""
 
 
@@ -442,8 +599,16 @@ def test_no_page_needs_tabulate(root):
     assert not [path.name for path in (root / "nbs/paper").glob("*.ipynb") if "to_markdown" in path.read_text()]
 
 
-@pytest.mark.parametrize("name, holds", [
-    ("table_03", "| C4: HEED"), ("table_10", "density-weighted RSA"), ("table_11", "LoRA r = 32"), ("table_12", "1,340,000"), ("consistency", "GLM-4.6V-Flash")])
+@pytest.mark.parametrize(
+    "name, holds",
+    [
+        ("table_03", "| C4: HEED"),
+        ("table_10", "density-weighted RSA"),
+        ("table_11", "LoRA r = 32"),
+        ("table_12", "1,340,000"),
+        ("consistency", "GLM-4.6V-Flash"),
+    ],
+)
 def test_tables_that_need_no_run(paper, tmp_path, name, holds):
     paper(name, scale="smoke", out=tmp_path)
     assert holds in (tmp_path / "tables" / f"{name}.md").read_text()
@@ -451,6 +616,7 @@ def test_tables_that_need_no_run(paper, tmp_path, name, holds):
 
 
 # Publishing
+
 
 def test_publish_copies_records_and_no_weights(tmp_path):
     made_up(tmp_path / "toy" / "runs", seeds=(0,), budgets=(1000,))
@@ -460,12 +626,22 @@ def test_publish_copies_records_and_no_weights(tmp_path):
     for name in ("student/model.safetensors", "answers.jsonl", "evaluate.ipynb"):
         for condition in ("C2", "C3", "C4"):
             write_file(student.with_name(run_name(condition, 0, 1000)) / name, "large")
-    write_run(tmp_path / "toy" / "runs" / run_name("mask-10", 0, 1000) / "distill.json", "distill", {}, {})  # not evaluated: no table reads it
+    write_run(
+        tmp_path / "toy" / "runs" / run_name("mask-10", 0, 1000) / "distill.json", "distill", {}, {}
+    )  # not evaluated: no table reads it
     write_run(student / "distill.json", "distill", {}, {})
     target = publish("toy", tmp_path)
     names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    answers = {f"runs/{run_name(c, 0, 1000)}/answers.jsonl" for c in ("C3", "C4")}  # which Figure 6 and the claim on failures read
-    assert names == {"manifest.json", "tables/table_01.md", f"runs/{student.name}/distill.json", *answers, *(f"runs/{name}/evaluate.json" for name in ["C0", "toy-glm4v/C0", *(run_name(c, 0, 1000) for c in LADDER[1:])])}
+    answers = {
+        f"runs/{run_name(c, 0, 1000)}/answers.jsonl" for c in ("C3", "C4")
+    }  # which Figure 6 and the claim on failures read
+    assert names == {
+        "manifest.json",
+        "tables/table_01.md",
+        f"runs/{student.name}/distill.json",
+        *answers,
+        *(f"runs/{name}/evaluate.json" for name in ["C0", "toy-glm4v/C0", *(run_name(c, 0, 1000) for c in LADDER[1:])]),
+    }
     manifest = json.loads((target / "manifest.json").read_text())
     assert sum(map(len, manifest["commits"].values())) == 7 and manifest["files"].keys() == names - {"manifest.json"}
 
@@ -490,7 +666,10 @@ def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
     assert (publish("toy", tmp_path) / "tables" / "table_01.md").read_text() == "second"
 
 
-@pytest.mark.parametrize("lost", ["tables/table_01.md", "figures/figure_01.png", "claims.md", f"runs/{run_name('C3', 0, 1000)}/evaluate.json"])
+@pytest.mark.parametrize(
+    "lost",
+    ["tables/table_01.md", "figures/figure_01.png", "claims.md", f"runs/{run_name('C3', 0, 1000)}/evaluate.json"],
+)
 def test_less_than_is_published_is_not_published(tmp_path, lost):
     made_up(tmp_path / "toy" / "runs", seeds=(0,), budgets=(1000,))
     for name in ("tables/table_01.md", "figures/figure_01.png", "claims.md"):
@@ -498,7 +677,10 @@ def test_less_than_is_published_is_not_published(tmp_path, lost):
     target = publish("toy", tmp_path)
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
     (tmp_path / "toy" / lost).unlink()
-    with pytest.raises(ValueError, match=rf"toy lacks 1 of the 8 files that .* has, {re.escape(lost)} among them; complete it, or remove .*published/toy first$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"toy lacks 1 of the 8 files that .* has, {re.escape(lost)} among them; complete it, or remove .*published/toy first$",
+    ):
         publish("toy", tmp_path)
     assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
 
@@ -508,12 +690,18 @@ def test_what_is_no_scale_is_not_published(tmp_path, scale):
     write_file(tmp_path / "published" / "toy" / "tables" / "table_01.md", "earlier")
     with pytest.raises(ValueError, match="is no name of a scale$|^nothing to publish in "):
         publish(scale, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"published"} and {path.name for path in (tmp_path / "published").iterdir()} == {"toy"}
+    assert {path.name for path in tmp_path.iterdir()} == {"published"} and {
+        path.name for path in (tmp_path / "published").iterdir()
+    } == {"toy"}
 
 
 def test_publish_tells_of_mixed_code(tmp_path, capsys):
     made_up(tmp_path / "toy" / "runs", conditions=("C0",))
-    path = made_up(tmp_path / "toy" / "runs", conditions=("C1",), seeds=(0,), budgets=(1000,)) / run_name("C1", 0, 1000) / "evaluate.json"
+    path = (
+        made_up(tmp_path / "toy" / "runs", conditions=("C1",), seeds=(0,), budgets=(1000,))
+        / run_name("C1", 0, 1000)
+        / "evaluate.json"
+    )
     run = json.loads(path.read_text())
     run["provenance"]["git"] = {"commit": "f" * 40, "dirty": True}
     write_file(path, json.dumps(run))

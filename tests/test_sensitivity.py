@@ -1,4 +1,5 @@
 "Eq. 7 on every family: one backward pass against a pass for each sample and autograd's own Jacobian."
+
 import pandas as pd
 import pytest
 import torch
@@ -7,7 +8,13 @@ from torch.testing import assert_close
 
 import tiny
 from heed_nb.losses import answer_risk
-from heed_nb.sensitivity import density_correlations, gradient_weights, layer_correlations, residual_sensitivity, spearman
+from heed_nb.sensitivity import (
+    density_correlations,
+    gradient_weights,
+    layer_correlations,
+    residual_sensitivity,
+    spearman,
+)
 from heed_nb.losses import record_outputs
 from heed_nb.teachers import family_of
 
@@ -22,7 +29,9 @@ def labelled(family, side, samples):
 def sensitivity_of(model, batch, labels, layers, **options):
     family = family_of(model)
     inputs = family.language_inputs(model, batch)
-    risk = lambda: answer_risk(family.decoder(model)(**inputs.kwargs).last_hidden_state, family.lm_head(model), labels, **options)
+    risk = lambda: answer_risk(
+        family.decoder(model)(**inputs.kwargs).last_hidden_state, family.lm_head(model), labels, **options
+    )
     return residual_sensitivity([family.layers(model)[i] for i in layers], risk)
 
 

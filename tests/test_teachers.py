@@ -1,4 +1,5 @@
 "A teacher of each family through its interface against the whole model, and every fault of its files and images."
+
 import copy
 import json
 from functools import cache
@@ -78,10 +79,14 @@ def test_text_alone_is_not_touched_by_the_pages_before_it(teacher, processor, sa
 def test_tower_has_no_gradient_and_embeddings_have_the_models(teacher, processor, samples):
     model, batch = copy.deepcopy(teacher), batch_of(samples, processor)
     embeddings = model.get_input_embeddings().weight
-    expected, = torch.autograd.grad(model(**batch).logits.square().mean(), embeddings)
+    (expected,) = torch.autograd.grad(model(**batch).logits.square().mean(), embeddings)
     logits_of(family_of(model), model, batch).square().mean().backward()
     assert_close(embeddings.grad, expected, rtol=1e-4, atol=1e-6)
-    decoder = {id(p) for module in (family_of(model).decoder(model), family_of(model).lm_head(model)) for p in module.parameters()}
+    decoder = {
+        id(p)
+        for module in (family_of(model).decoder(model), family_of(model).lm_head(model))
+        for p in module.parameters()
+    }
     assert all((p.grad is not None) == (id(p) in decoder) for p in model.parameters())
 
 
@@ -98,7 +103,9 @@ def test_density_of_a_batch_is_that_of_its_pages(teacher, processor, samples, se
         assert not row[~visual].any()
         expected = []
         for image in images:
-            for features in family.language_inputs(teacher, batch_of([(see, [image])], processor)).patch_features:  # a page, or its tiles
+            for features in family.language_inputs(
+                teacher, batch_of([(see, [image])], processor)
+            ).patch_features:  # a page, or its tiles
                 blocks = patch_density(features).unfold(0, 2, 2).unfold(1, 2, 2).flatten(2)  # [h / 2, w / 2, 4]
                 expected += [blocks.mean(-1).flatten() if reduce == "mean" else blocks.amax(-1).flatten()]
         assert_close(row[visual], torch.cat(expected) if expected else row[visual], rtol=1e-4, atol=1e-5)
@@ -111,10 +118,13 @@ def test_density_peaks_where_the_mark_is(name, teacher, processor, see, corner):
     "A mark in one token's cell of a 4 x 4 page, found at that token's position in the sequence; in tiles, at its tile's."
     row, column = corner
     image = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(image).rectangle((16 * column + 3, 16 * row + 2, 16 * column + 11, 16 * row + 13), fill="black", outline="red", width=2)
+    ImageDraw.Draw(image).rectangle(
+        (16 * column + 3, 16 * row + 2, 16 * column + 11, 16 * row + 13), fill="black", outline="red", width=2
+    )
     model = copy.deepcopy(teacher)
     for key, p in model.named_parameters():
-        if "pos_embed" in key or "position_embed" in key: p.zero_()  # a blank page is the same everywhere
+        if "pos_embed" in key or "position_embed" in key:
+            p.zero_()  # a blank page is the same everywhere
     family = family_of(model)
     inputs = family.language_inputs(model, batch_of([(see + "where?", [image])], processor))
     density = family.density(inputs)[inputs.visual_mask]
@@ -126,6 +136,7 @@ def test_density_peaks_where_the_mark_is(name, teacher, processor, see, corner):
 
 # Faults. One line each, before anything is computed.
 
+
 def fails(match, call, *args, **kwargs):
     with pytest.raises(ValueError, match=match) as caught:
         call(*args, **kwargs)
@@ -136,26 +147,41 @@ def fails(match, call, *args, **kwargs):
 def test_tokens_pixels_and_grids_must_match(teacher, processor, samples):
     batch, family = batch_of(samples, processor), family_of(teacher)
     grids = batch["image_grid_thw"]  # 8x6, 4x12, 8x6, 8x8
-    def broken(match, **changes): fails(match, family.language_inputs, teacher, batch | changes)
-    broken("image 2 has 12 tokens in the text, but its grid of 8x8 patches makes 16", image_grid_thw=grids[[0, 1, 3, 2]])
+
+    def broken(match, **changes):
+        fails(match, family.language_inputs, teacher, batch | changes)
+
+    broken(
+        "image 2 has 12 tokens in the text, but its grid of 8x8 patches makes 16", image_grid_thw=grids[[0, 1, 3, 2]]
+    )
     broken("7x6 patches does not divide into 2x2", image_grid_thw=torch.tensor([[1, 7, 6], *grids[1:].tolist()]))
     broken("image 0 has 2 frames", image_grid_thw=grids * torch.tensor([2, 1, 1]))
     broken("tokens for 4 images, but there are pixels for 5", image_grid_thw=grids[[0, 1, 2, 3, 3]])
     broken("pixel_values holds 207 patches, but image_grid_thw gives 208", pixel_values=batch["pixel_values"][:-1])
     broken("must come together", image_grid_thw=None)
-    broken("image 3 has 15 tokens", input_ids=torch.cat([batch["input_ids"][:, :-2], batch["input_ids"][:, -1:]], 1),
-           attention_mask=batch["attention_mask"][:, 1:], mm_token_type_ids=batch["mm_token_type_ids"][:, 1:])
+    broken(
+        "image 3 has 15 tokens",
+        input_ids=torch.cat([batch["input_ids"][:, :-2], batch["input_ids"][:, -1:]], 1),
+        attention_mask=batch["attention_mask"][:, 1:],
+        mm_token_type_ids=batch["mm_token_type_ids"][:, 1:],
+    )
 
 
 @pytest.mark.parametrize("name", ["internvl"], scope="module")
 def test_tokens_and_tiles_must_match(teacher, processor, samples):
     batch, family = batch_of(samples, processor), family_of(teacher)
     tiles, pixels = len(batch["pixel_values"]), batch["pixel_values"]
-    def broken(match, **changes): fails(match, family.language_inputs, teacher, batch | changes)
+
+    def broken(match, **changes):
+        fails(match, family.language_inputs, teacher, batch | changes)
+
     broken(f"tokens for {tiles} tiles, but there are pixels for {tiles - 1}", pixel_values=pixels[1:])
     broken(f"tokens for {tiles} tiles, but there are pixels for 0", pixel_values=None)
     broken(r"tiles of \(32, 16\) pixels, the model takes \(32, 32\)", pixel_values=pixels[..., :16])
-    broken("image 3 has 19 tokens in the text, not a multiple of the 4 of a tile", input_ids=torch.cat([batch["input_ids"][:, :-2], batch["input_ids"][:, -1:]], 1))
+    broken(
+        "image 3 has 19 tokens in the text, not a multiple of the 4 of a tile",
+        input_ids=torch.cat([batch["input_ids"][:, :-2], batch["input_ids"][:, -1:]], 1),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +220,17 @@ def test_reads_the_files_of_a_stock_processor(folder, processor, samples):
     path = folder / "processor_config.json"
     images = json.loads(path.read_text())["image_processor"]
     stock = images["image_processor_type"].removesuffix("Pil")
-    change(path, processor_class=type(processor).__bases__[1].__name__, image_processor=images | dict(image_processor_type=stock),
-           video_processor=dict(video_processor_type=stock.replace("Image", "Video")))
+    change(
+        path,
+        processor_class=type(processor).__bases__[1].__name__,
+        image_processor=images | dict(image_processor_type=stock),
+        video_processor=dict(video_processor_type=stock.replace("Image", "Video")),
+    )
     loaded = load_teacher(folder)[1]
     again = batch_of(samples, loaded)
-    assert type(loaded) is type(processor) and all(torch.equal(value, again[key]) for key, value in batch_of(samples, processor).items())
+    assert type(loaded) is type(processor) and all(
+        torch.equal(value, again[key]) for key, value in batch_of(samples, processor).items()
+    )
 
 
 def test_missing_and_surplus_tensors_are_named(name, folder):
@@ -207,16 +239,26 @@ def test_missing_and_surplus_tensors_are_named(name, folder):
     key = next(key for key in weights if key.endswith(last))
     save_file({k: v for k, v in weights.items() if k != key}, folder / "model.safetensors", metadata={"format": "pt"})
     fails(f"1 tensors are missing or of another shape, first model.language_model.{last}", load_teacher, folder)
-    save_file(weights | {key.replace("layers.3", "layers.4"): weights[key].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
-    fails("hold 1 tensors that its config.json has no place for, first .*layers.4.self_attn.q_proj.weight", load_teacher, folder)
+    save_file(
+        weights | {key.replace("layers.3", "layers.4"): weights[key].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    fails(
+        "hold 1 tensors that its config.json has no place for, first .*layers.4.self_attn.q_proj.weight",
+        load_teacher,
+        folder,
+    )
 
 
 def test_tensors_are_compared_before_a_weight_is_read(folder, monkeypatch):
     devices, load = [], AutoModelForImageTextToText.from_pretrained
+
     def watched(*args, **kwargs):
         model, report = load(*args, **kwargs)
         devices.extend({p.device.type for p in model.parameters()})
         return model, report
+
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", watched)
     weights = load_file(folder / "model.safetensors")
     save_file(dict(list(weights.items())[1:]), folder / "model.safetensors", metadata={"format": "pt"})
@@ -233,49 +275,93 @@ def test_load_teacher_names_truncated_weights(folder, kept):
 
 
 def without_image_token(folder, name):
-    for path in folder.glob("tokenizer*"): path.write_text(path.read_text().replace(tiny.TINY[name].special[0], "<|picture|>"))
+    for path in folder.glob("tokenizer*"):
+        path.write_text(path.read_text().replace(tiny.TINY[name].special[0], "<|picture|>"))
 
 
-@pytest.mark.parametrize("match, fault", [
-    ("has no config.json", lambda folder, _: (folder / "config.json").unlink()),
-    ("unsupported model type 'llama'; one of qwen3_vl", lambda folder, _: change(folder / "config.json", model_type="llama")),
-    ("has no model.safetensors", lambda folder, _: (folder / "model.safetensors").unlink()),
-    ("has no model-2.safetensors", lambda folder, _: write_json(folder / "model.safetensors.index.json", dict(weight_map=dict(a="model.safetensors", b="model-2.safetensors")))),
-    (r"(8|12) tensors are missing or of another shape, first .*mlp", lambda folder, _: put(folder / "config.json", "text_config.intermediate_size", 100)),
-    ("tokenizer or processor files .* can't be used", lambda folder, _: (folder / "tokenizer.json").unlink()),
-    ("can't be used: the tokenizer has no image token '.*'", without_image_token),
-    (r"has image token \d+, its model 7", lambda folder, _: change(folder / "config.json", image_token_id=7)),
-    ("can't be used: the chat template: TemplateSyntaxError", lambda folder, _: (folder / "chat_template.jinja").write_text("{% if %}")),
-    ("holds an adapter", lambda folder, _: write_json(folder / "adapter_config.json", dict(base_model_name_or_path="a/b"))),
-    (r"the tokenizer has a token \d+, the model has 250", lambda folder, _: put(folder / "config.json", "text_config.vocab_size", 250)),
-], ids=str)
+@pytest.mark.parametrize(
+    "match, fault",
+    [
+        ("has no config.json", lambda folder, _: (folder / "config.json").unlink()),
+        (
+            "unsupported model type 'llama'; one of qwen3_vl",
+            lambda folder, _: change(folder / "config.json", model_type="llama"),
+        ),
+        ("has no model.safetensors", lambda folder, _: (folder / "model.safetensors").unlink()),
+        (
+            "has no model-2.safetensors",
+            lambda folder, _: write_json(
+                folder / "model.safetensors.index.json",
+                dict(weight_map=dict(a="model.safetensors", b="model-2.safetensors")),
+            ),
+        ),
+        (
+            r"(8|12) tensors are missing or of another shape, first .*mlp",
+            lambda folder, _: put(folder / "config.json", "text_config.intermediate_size", 100),
+        ),
+        ("tokenizer or processor files .* can't be used", lambda folder, _: (folder / "tokenizer.json").unlink()),
+        ("can't be used: the tokenizer has no image token '.*'", without_image_token),
+        (r"has image token \d+, its model 7", lambda folder, _: change(folder / "config.json", image_token_id=7)),
+        (
+            "can't be used: the chat template: TemplateSyntaxError",
+            lambda folder, _: (folder / "chat_template.jinja").write_text("{% if %}"),
+        ),
+        (
+            "holds an adapter",
+            lambda folder, _: write_json(folder / "adapter_config.json", dict(base_model_name_or_path="a/b")),
+        ),
+        (
+            r"the tokenizer has a token \d+, the model has 250",
+            lambda folder, _: put(folder / "config.json", "text_config.vocab_size", 250),
+        ),
+    ],
+    ids=str,
+)
 def test_load_teacher_names_what_is_wrong(folder, name, match, fault):
     fault(folder, name)
     fails(match, load_teacher, folder)
 
 
-def write_json(path, value): path.write_text(json.dumps(value))
+def write_json(path, value):
+    path.write_text(json.dumps(value))
 
 
 def put(path, name, value):
     content = json.loads(path.read_text())
     *inner, last = name.split(".")
     part = content
-    for key in inner: part = part[key]
+    for key in inner:
+        part = part[key]
     part[last] = value
     write_json(path, content)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
-@pytest.mark.parametrize("fault", ["[]", "null", "7", "{", "", "NaN", b"\xff\xfe{}", "a folder", "a broken link"], ids=str)
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-                                  "processor_config.json", "special_tokens_map.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "fault", ["[]", "null", "7", "{", "", "NaN", b"\xff\xfe{}", "a folder", "a broken link"], ids=str
+)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+    ],
+)
 def test_a_damaged_json_file_is_named(folder, file, fault):
     path = folder / file
     path.unlink(missing_ok=True)
-    if fault == "a folder": path.mkdir()
-    elif fault == "a broken link": path.symlink_to(folder / "nowhere")
-    else: path.write_bytes(fault if isinstance(fault, bytes) else fault.encode())
+    if fault == "a folder":
+        path.mkdir()
+    elif fault == "a broken link":
+        path.symlink_to(folder / "nowhere")
+    else:
+        path.write_bytes(fault if isinstance(fault, bytes) else fault.encode())
     fails(f"^{file} in .* is damaged: .", load_teacher, folder)
 
 
@@ -283,48 +369,90 @@ CONFIG, PROCESSOR = "config.json in .* can't be used: ", "tokenizer or processor
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
-@pytest.mark.parametrize("field, value, match", [
-    *[(field, value, CONFIG) for field, values in {
-        "text_config.hidden_size": [-1, 10**9, "wide", None, 1.5], "text_config.num_attention_heads": [0, -4, 10**9], "text_config.vocab_size": [10**9],
-        "text_config.num_hidden_layers": [10**9, 10**30, "many"], "vision_config.depth": [10**9], "text_config.head_dim": [10**9],
-        "text_config.hidden_act": ["no", 3], "dtype": ["no", 7], "text_config.rms_norm_eps": [-1e-6, "small"], "vision_config": [[], "a"],
-        "text_config.rope_parameters.mrope_section": [[2, 1, 2], "x"], "quantization_config": [dict(quant_method="fp8")],
-        "transformers_weights": ["../other.safetensors"], "_attn_implementation": ["a/b", {"text_config": "a/b"}], "text_config._attn_implementation": ["a/b:c"],
-        "vision_config.attn_implementation": ["kernels-community/flash"], "text_config.experts_implementation": ["a/b"]}.items() for value in values],
-    ("text_config.rms_norm_eps", float("nan"), "config.json in .* is damaged: NaN is not a finite number"),
-    ("text_config.rope_parameters.rope_theta", float("inf"), "config.json in .* is damaged: Infinity"),
-    ("text_config.rope_parameters.rope_theta", 0.0, "can't be loaded: its config.json makes .*inv_freq infinite"),
-    ("text_config.hidden_size", 0, "do not fit its config.json"),
-    ("text_config.vocab_size", 0, "the model has 0"),
-    ("vision_config.spatial_merge_size", 0, "merge_size is 2 in the processor, 0 in the model"),
-    ("text_config.num_hidden_layers", 0, "hold .* tensors that its config.json has no place for"),
-    ("text_config.num_hidden_layers", 3, "hold .* tensors that its config.json has no place for, first .*layers.3"),
-    ("text_config.num_hidden_layers", 5, "tensors are missing or of another shape, first .*layers.4"),
-], ids=str)
+@pytest.mark.parametrize(
+    "field, value, match",
+    [
+        *[
+            (field, value, CONFIG)
+            for field, values in {
+                "text_config.hidden_size": [-1, 10**9, "wide", None, 1.5],
+                "text_config.num_attention_heads": [0, -4, 10**9],
+                "text_config.vocab_size": [10**9],
+                "text_config.num_hidden_layers": [10**9, 10**30, "many"],
+                "vision_config.depth": [10**9],
+                "text_config.head_dim": [10**9],
+                "text_config.hidden_act": ["no", 3],
+                "dtype": ["no", 7],
+                "text_config.rms_norm_eps": [-1e-6, "small"],
+                "vision_config": [[], "a"],
+                "text_config.rope_parameters.mrope_section": [[2, 1, 2], "x"],
+                "quantization_config": [dict(quant_method="fp8")],
+                "transformers_weights": ["../other.safetensors"],
+                "_attn_implementation": ["a/b", {"text_config": "a/b"}],
+                "text_config._attn_implementation": ["a/b:c"],
+                "vision_config.attn_implementation": ["kernels-community/flash"],
+                "text_config.experts_implementation": ["a/b"],
+            }.items()
+            for value in values
+        ],
+        ("text_config.rms_norm_eps", float("nan"), "config.json in .* is damaged: NaN is not a finite number"),
+        ("text_config.rope_parameters.rope_theta", float("inf"), "config.json in .* is damaged: Infinity"),
+        ("text_config.rope_parameters.rope_theta", 0.0, "can't be loaded: its config.json makes .*inv_freq infinite"),
+        ("text_config.hidden_size", 0, "do not fit its config.json"),
+        ("text_config.vocab_size", 0, "the model has 0"),
+        ("vision_config.spatial_merge_size", 0, "merge_size is 2 in the processor, 0 in the model"),
+        ("text_config.num_hidden_layers", 0, "hold .* tensors that its config.json has no place for"),
+        ("text_config.num_hidden_layers", 3, "hold .* tensors that its config.json has no place for, first .*layers.3"),
+        ("text_config.num_hidden_layers", 5, "tensors are missing or of another shape, first .*layers.4"),
+    ],
+    ids=str,
+)
 def test_a_config_that_does_not_fit_is_named(folder, field, value, match):
     path = folder / "config.json"
-    if "." not in field: change(path, **{field: value})
-    else: put(path, field, value)
+    if "." not in field:
+        change(path, **{field: value})
+    else:
+        put(path, field, value)
     fails(match, load_teacher, folder)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
-@pytest.mark.parametrize("field, value", [("image_processor." + field, value) for field, values in {
-    "patch_size": [0, -8, 16, 10**9, "x", None], "merge_size": [0, 4], "temporal_patch_size": [0, 2], "size": [[], dict(shortest_edge=10**12, longest_edge=10**12)],
-    "image_std": ["x", [0, 0, 0]], "image_mean": ["x"], "image_processor_type": ["no", 7]}.items() for value in values], ids=str)
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("image_processor." + field, value)
+        for field, values in {
+            "patch_size": [0, -8, 16, 10**9, "x", None],
+            "merge_size": [0, 4],
+            "temporal_patch_size": [0, 2],
+            "size": [[], dict(shortest_edge=10**12, longest_edge=10**12)],
+            "image_std": ["x", [0, 0, 0]],
+            "image_mean": ["x"],
+            "image_processor_type": ["no", 7],
+        }.items()
+        for value in values
+    ],
+    ids=str,
+)
 def test_a_processor_that_does_not_fit_is_named(folder, field, value):
     put(folder / "processor_config.json", field, value)
     fails(PROCESSOR, load_teacher, folder)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
-@pytest.mark.parametrize("fault, match", [
-    (lambda content: content["model"]["vocab"].pop("A"), PROCESSOR + "the tokenizer has no piece for 'A'"),
-    (lambda content: content["model"].update(vocab={}), PROCESSOR + "the tokenizer has no piece for 'a'"),
-    (lambda content: content["model"]["vocab"].update(zz=10**6), PROCESSOR + "the tokenizer has a token 1000000, the model has 272"),
-    (lambda content: content["model"].update(vocab=[]), PROCESSOR),
-    (lambda content: content.update(model=None), PROCESSOR),
-])
+@pytest.mark.parametrize(
+    "fault, match",
+    [
+        (lambda content: content["model"]["vocab"].pop("A"), PROCESSOR + "the tokenizer has no piece for 'A'"),
+        (lambda content: content["model"].update(vocab={}), PROCESSOR + "the tokenizer has no piece for 'a'"),
+        (
+            lambda content: content["model"]["vocab"].update(zz=10**6),
+            PROCESSOR + "the tokenizer has a token 1000000, the model has 272",
+        ),
+        (lambda content: content["model"].update(vocab=[]), PROCESSOR),
+        (lambda content: content.update(model=None), PROCESSOR),
+    ],
+)
 def test_a_tokenizer_that_does_not_fit_is_named(folder, fault, match):
     content = json.loads((folder / "tokenizer.json").read_text())
     fault(content)
@@ -339,12 +467,22 @@ def test_ends_outside_the_vocabulary_are_named(folder, ends):
     fails("eos_token_id .* is none of the 272 tokens|generation_config.json in .* can't be used", load_teacher, folder)
 
 
-@pytest.mark.parametrize("template, end", [
-    ("{% for m in messages %}{% if m.role == 'user' %}<|endoftext|>a{% else %}{{ m.content }}{% endif %}{% endfor %}", "<|endoftext|>"),
-    ("{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content[0].text | trim }}<|im_end|>{% endif %}{% endfor %}", "<|im_end|>"),
-    ("{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}", None),
-    ("{{ raise_exception('no') }}", None),
-], ids=["by the next question", "by its own token", "by lines", "by none"])
+@pytest.mark.parametrize(
+    "template, end",
+    [
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}<|endoftext|>a{% else %}{{ m.content }}{% endif %}{% endfor %}",
+            "<|endoftext|>",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content[0].text | trim }}<|im_end|>{% endif %}{% endfor %}",
+            "<|im_end|>",
+        ),
+        ("{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+    ],
+    ids=["by the next question", "by its own token", "by lines", "by none"],
+)
 def test_the_chat_templates_end_of_turn_ends_an_answer(name, template, end):
     processor = copy.copy(PROCESSORS[name])
     processor.chat_template = template
@@ -356,32 +494,53 @@ def test_the_chat_templates_end_of_turn_ends_an_answer(name, template, end):
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
 def test_one_check_finds_what_is_wrong_for_all_who_load(folder):
     from heed_nb import evaluate, lmms_model
+
     put(folder / "config.json", "text_config.hidden_size", -1)
-    for load in (load_teacher, check_checkpoint, lmms_model.HeedVLM, evaluate.evaluate): fails(CONFIG, load, str(folder))
+    for load in (load_teacher, check_checkpoint, lmms_model.HeedVLM, evaluate.evaluate):
+        fails(CONFIG, load, str(folder))
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
 def test_the_attention_is_the_librarys_choice(folder):
     wanted = load_teacher(folder)[0].config
-    put(folder / "config.json", "text_config", json.loads((folder / "config.json").read_text())["text_config"] | dict(_attn_implementation="eager"))
+    put(
+        folder / "config.json",
+        "text_config",
+        json.loads((folder / "config.json").read_text())["text_config"] | dict(_attn_implementation="eager"),
+    )
     config = load_teacher(folder)[0].config
     for part in ("", "text_config", "vision_config"):
-        assert (getattr(config, part) if part else config)._attn_implementation == (getattr(wanted, part) if part else wanted)._attn_implementation != "eager"
+        assert (
+            (getattr(config, part) if part else config)._attn_implementation
+            == (getattr(wanted, part) if part else wanted)._attn_implementation
+            != "eager"
+        )
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
 def test_a_flipped_bit_of_a_saved_folder_is_named(teacher, processor, tmp_path):
     folder = save_parts(tmp_path / "saved", teacher, processor)
     load_teacher(folder)
-    if shutil.which("sha256sum"): subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     hashed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
-    assert hashed == {path.name for path in folder.iterdir()} - {"SHA256SUMS", "generation_config.json", "chat_template.jinja"}
+    assert hashed == {path.name for path in folder.iterdir()} - {
+        "SHA256SUMS",
+        "generation_config.json",
+        "chat_template.jinja",
+    }
     for path in (folder / name for name in [*hashed, "SHA256SUMS"]):
         content = path.read_bytes()
         for place in (0, len(content) // 2, len(content) - 1):
             for bit in (0, 5):
-                path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:])
-                fails("SHA256SUMS" if path.name == "SHA256SUMS" else f"{path.name} is not the file that was saved, by SHA256SUMS", check_sums, folder)
+                path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+                fails(
+                    "SHA256SUMS"
+                    if path.name == "SHA256SUMS"
+                    else f"{path.name} is not the file that was saved, by SHA256SUMS",
+                    check_sums,
+                    folder,
+                )
         path.write_bytes(content)
     change(folder / "generation_config.json", repetition_penalty=1.1)
     load_teacher(folder)
@@ -390,7 +549,9 @@ def test_a_flipped_bit_of_a_saved_folder_is_named(teacher, processor, tmp_path):
 
 
 def test_load_teacher_looks_for_a_missing_folder_in_the_local_cache_alone(tmp_path):
-    fails("no model at .*nobody: neither a folder nor a model in the local hub cache", load_teacher, tmp_path / "nobody")
+    fails(
+        "no model at .*nobody: neither a folder nor a model in the local hub cache", load_teacher, tmp_path / "nobody"
+    )
     fails("no model at heed/nobody", load_teacher, "heed/nobody")
 
 
@@ -413,19 +574,29 @@ def test_what_is_no_image_is_named(tmp_path, processor, see):
 
 
 def test_images_out_of_bounds_are_named(name, processor, see):
-    limit = {"internvl": None, "minicpmv": 13}.get(name, 200)   # tiles take any ratio; for 48 pixels and patches of 8: (48 / 13) ** 2
+    limit = {"internvl": None, "minicpmv": 13}.get(
+        name, 200
+    )  # tiles take any ratio; for 48 pixels and patches of 8: (48 / 13) ** 2
     for side in (1, 16):
         processor(text=[see], images=[page(side, side * (limit or 300))])
     if name in BLOCK_TOWERS:
-        fails("image 1 is 16x3201 pixels; the long side may be 200 times the short one at most", processor, text=[see + see], images=[page(32, 32), page(16, 3201)])
-    elif limit: processor(text=[see], images=[page(16, 3201)])   # has no density, but can be read
+        fails(
+            "image 1 is 16x3201 pixels; the long side may be 200 times the short one at most",
+            processor,
+            text=[see + see],
+            images=[page(32, 32), page(16, 3201)],
+        )
+    elif limit:
+        processor(text=[see], images=[page(16, 3201)])  # has no density, but can be read
 
 
 @pytest.mark.parametrize("size", [(16, 208), (208, 16), (32, 32)], ids=str)
 @torch.no_grad()
 def test_every_image_that_is_taken_has_a_density(teacher, processor, see, size):
     family = family_of(teacher)
-    density = family.density(family.language_inputs(teacher, processor(text=[see], images=[page(*size)], return_tensors="pt")))
+    density = family.density(
+        family.language_inputs(teacher, processor(text=[see], images=[page(*size)], return_tensors="pt"))
+    )
     assert density.isfinite().all() and density.any()
 
 

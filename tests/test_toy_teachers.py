@@ -1,4 +1,5 @@
 "The toy teachers that come with the repository: one a family, of the size and the bar that they promise, through harness and converter."
+
 import json
 import shutil
 import subprocess
@@ -31,8 +32,15 @@ def test_there_is_one_of_each_family():
 def test_size_and_bar(folder):
     check_sums(folder)
     hashed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
-    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} == hashed
-    with safe_open(folder / "model.safetensors", "pt") as f: shapes = {name: f.get_slice(name) for name in f.keys()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } == hashed
+    with safe_open(folder / "model.safetensors", "pt") as f:
+        shapes = {name: f.get_slice(name) for name in f.keys()}
     assert {s.get_dtype() for s in shapes.values()} == {"BF16"}
     parameters = sum(torch.Size(s.get_shape()).numel() for s in shapes.values())
     numbers = read_run(folder / "teacher.json")["numbers"]
@@ -51,7 +59,9 @@ def test_its_mlps_change_the_residual_stream_little(folder):
 
 @folders
 def test_reads_through_the_harness(folder, tmp_path):
-    scores = evaluate(folder, benchmarks=["docvqa", "ai2d", "mmstar"], questions=20, batch_size=20, out=tmp_path)["scores"]
+    scores = evaluate(folder, benchmarks=["docvqa", "ai2d", "mmstar"], questions=20, batch_size=20, out=tmp_path)[
+        "scores"
+    ]
     assert min(scores.values()) >= 80
 
 
@@ -59,7 +69,10 @@ def test_a_teacher_goes_on_with_its_own_arguments_alone(tmp_path):
     given = dict(read_steps=1, answer_steps=1, settle_steps=1, batch_size=2, checkpoint_every=1)
     train_teacher(tmp_path, **given)
     for name, other in dict(lr=1e-3, answer_steps=2, model_type="glm4v", kinds=["chart"]).items():
-        with pytest.raises(ValueError, match=rf"checkpoint is of a teacher with {name} = .*, this one has .*{other if name != 'kinds' else 'chart'}.*; remove it$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"checkpoint is of a teacher with {name} = .*, this one has .*{other if name != 'kinds' else 'chart'}.*; remove it$",
+        ):
             train_teacher(tmp_path, **given | {name: other})
     assert train_teacher(tmp_path, **given)["history"] == []
 
@@ -101,11 +114,18 @@ def test_hybrids_of_all_generate_in_a_new_process(tmp_path):
         student, out = to_hybrid(teacher).eval(), tmp_path / folder.name
         student.save_pretrained(out)
         processor.save_pretrained(out)
-        chats = [[{"role": "user", "content": [{"type": "image", "image": q.image}, {"type": "text", "text": q.question}]}] for q in benchmark("docvqa", 3)]
-        batch = processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True)
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": q.image}, {"type": "text", "text": q.question}]}]
+            for q in benchmark("docvqa", 3)
+        ]
+        batch = processor.apply_chat_template(
+            chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+        )
         torch.save(dict(batch), out / "batch.pt")
         students[out] = student, batch
     subprocess.run([sys.executable, "-c", LOAD, *map(str, students)], check=True)
     for out, (student, batch) in students.items():
         name, generated = torch.load(out / "out.pt")
-        assert name == type(student).__name__ and torch.equal(generated, student.generate(**batch, max_new_tokens=8, do_sample=False))
+        assert name == type(student).__name__ and torch.equal(
+            generated, student.generate(**batch, max_new_tokens=8, do_sample=False)
+        )

@@ -1,4 +1,5 @@
 "Runs that are killed, resumed, refused or out of disk, on a tiny random teacher."
+
 import json
 import multiprocessing
 import os
@@ -40,13 +41,38 @@ SETTINGS = TrainSettings(token_budget=1800, lr=1e-3, batch_size=4, checkpoint_ev
 
 def tiny_teacher(seed=0):
     torch.manual_seed(seed)
-    text = dict(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-                num_key_value_heads=1, head_dim=8, pad_token_id=0, initializer_range=0.2,
-                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True))
-    vision = dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, temporal_patch_size=1,
-                  spatial_merge_size=2, out_hidden_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0])
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=11,
-                           vision_start_token_id=12, vision_end_token_id=13)
+    text = dict(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        initializer_range=0.2,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True),
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_heads=2,
+        patch_size=4,
+        temporal_patch_size=1,
+        spatial_merge_size=2,
+        out_hidden_size=16,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0],
+    )
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=11,
+        vision_start_token_id=12,
+        vision_end_token_id=13,
+    )
     return Qwen3VLForConditionalGeneration(config)
 
 
@@ -78,9 +104,15 @@ def collate(samples):
     ids = [s["ids"] for s in samples]
     pad = lambda rows, value=0: pad_sequence(rows, batch_first=True, padding_value=value)
     labels = [torch.cat([torch.full((len(i) - 3,), -100), i[-3:]]) for i in ids]
-    return dict(input_ids=pad(ids), attention_mask=pad([torch.ones_like(i) for i in ids]), labels=pad(labels, -100),
-                mm_token_type_ids=pad([(i == IMAGE).long() for i in ids]), pixel_values=torch.cat([s["pixels"] for s in samples]),
-                image_grid_thw=torch.tensor([[1, 4, 4]] * len(samples)), keys=[s["key"] for s in samples])
+    return dict(
+        input_ids=pad(ids),
+        attention_mask=pad([torch.ones_like(i) for i in ids]),
+        labels=pad(labels, -100),
+        mm_token_type_ids=pad([(i == IMAGE).long() for i in ids]),
+        pixel_values=torch.cat([s["pixels"] for s in samples]),
+        image_grid_thw=torch.tensor([[1, 4, 4]] * len(samples)),
+        keys=[s["key"] for s in samples],
+    )
 
 
 def run(out, condition="C4", settings=SETTINGS, data=Noise(), teacher_seed=0, before=None, deadline=None):
@@ -129,8 +161,14 @@ def test_a_run_logs_each_step_and_returns_its_numbers(whole):
     tokens = {stage: sum(line["stage"] == stage for line in lines) / len(lines) for stage in (1, 2, 3)}
     assert tokens[1] == pytest.approx(0.1, abs=0.05) and tokens[2] == pytest.approx(0.3, abs=0.05)
     assert lines[-1]["tokens"] == numbers["tokens"] >= SETTINGS.token_budget > lines[-2]["tokens"]
-    assert set(numbers["losses"]) == {"stage_1", "stage_2", "stage_3"} and set(numbers["losses"]["stage_3"]) == {"loss", "kl", "ce"}
-    assert all(line["loss"] == pytest.approx(line["kl"] + 0.1 * line["ce"], rel=1e-5) for line in lines if line["stage"] == 3)  # Eq. 1
+    assert set(numbers["losses"]) == {"stage_1", "stage_2", "stage_3"} and set(numbers["losses"]["stage_3"]) == {
+        "loss",
+        "kl",
+        "ce",
+    }
+    assert all(
+        line["loss"] == pytest.approx(line["kl"] + 0.1 * line["ce"], rel=1e-5) for line in lines if line["stage"] == 3
+    )  # Eq. 1
     assert numbers["parameters"]["student"] > numbers["parameters"]["teacher"] > 0
     assert sum(numbers["phase_seconds"].values()) <= numbers["seconds"] * 1.001
     assert all(numbers["phase_seconds"][phase] > 0 for phase in trainer.Phases.names)
@@ -162,12 +200,35 @@ def test_what_trains_in_each_stage(tmp_path, monkeypatch, stage, tokens):
     assert moved == set(before) - transferred if stage == 1 else moved >= transferred
 
 
-@pytest.mark.parametrize("condition", [name for name in CONDITIONS if name not in ("C0", "C3", "C4", "Mamba-in-Llama", "mask-10", "random-10", "mask-50", "random-50", "tau-0.25", "tau-1", "beta-1", "beta-4")])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        name
+        for name in CONDITIONS
+        if name
+        not in (
+            "C0",
+            "C3",
+            "C4",
+            "Mamba-in-Llama",
+            "mask-10",
+            "random-10",
+            "mask-50",
+            "random-50",
+            "tau-0.25",
+            "tau-1",
+            "beta-1",
+            "beta-4",
+        )
+    ],
+)
 def test_every_condition_runs_and_its_loss_falls(tmp_path, condition):
     settings = replace(SETTINGS, token_budget=1000, lr=3e-3, stages=(0.0, 0.5, 0.5), orient_share=0.3)
     run(tmp_path, condition, settings, data=FiniteNoise(4))  # the same four samples in each step
     lines = log(tmp_path)
-    assert {line["stage"] for line in lines} == {3} | ({2} if CONDITIONS[condition].alignment else set()) | ({0} if CONDITIONS[condition].orient else set())
+    assert {line["stage"] for line in lines} == {3} | ({2} if CONDITIONS[condition].alignment else set()) | (
+        {0} if CONDITIONS[condition].orient else set()
+    )
     for stage in (0, 2, 3):
         losses = [line["loss"] for line in lines if line["stage"] == stage]
         assert not losses or losses[-1] < losses[0]
@@ -177,7 +238,9 @@ def test_a_student_of_gated_deltanet_is_loaded_and_generates(tmp_path):
     run(tmp_path, "C6", replace(SETTINGS, token_budget=1))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
     mixers = mixer_parameters(model)
-    assert any("b_proj" in name for name in mixers) and all(value.equal(student(tmp_path)[name]) for name, value in mixers.items())
+    assert any("b_proj" in name for name in mixers) and all(
+        value.equal(student(tmp_path)[name]) for name, value in mixers.items()
+    )
     batch = {k: v for k, v in collate([Noise()[0]]).items() if k not in ("labels", "keys")}
     how = dict(max_new_tokens=5, do_sample=False, suppress_tokens=[IMAGE])
     assert torch.equal(model.generate(**batch, **how), model.generate(**batch, **how, use_cache=False))
@@ -192,7 +255,11 @@ def test_a_student_with_another_mixer_is_refused_before_any_work(tmp_path):
 
 # Matrix orientation
 
-ORIENTED = {"MOHAWK": CONDITIONS["MOHAWK"], "C4": replace(CONDITIONS["C4"], orient=True), "C6": replace(CONDITIONS["C6"], orient=True)}
+ORIENTED = {
+    "MOHAWK": CONDITIONS["MOHAWK"],
+    "C4": replace(CONDITIONS["C4"], orient=True),
+    "C6": replace(CONDITIONS["C6"], orient=True),
+}
 MATRIX = {"mamba2": {"dt_proj.weight", "D"}, "gdn": {"a_proj.weight", "b_proj.weight"}}
 
 
@@ -202,7 +269,9 @@ def test_what_trains_in_matrix_orientation(tmp_path, condition):
     condition, teacher = ORIENTED[condition], tiny_teacher()
     model = to_hybrid(teacher, mixer=condition.mixer, weight_transfer=condition.weight_transfer)
     mixers = mixer_parameters(model)
-    settings = replace(SETTINGS, token_budget=700, stages=(1.0, 0.0, 0.0), orient_share=0.5, weight_decay=0.0, checkpoint_every=1)
+    settings = replace(
+        SETTINGS, token_budget=700, stages=(1.0, 0.0, 0.0), orient_share=0.5, weight_decay=0.0, checkpoint_every=1
+    )
     seen = []
 
     def moved(out, tensors, state):
@@ -216,7 +285,10 @@ def test_what_trains_in_matrix_orientation(tmp_path, condition):
     turn = stages.index(1)
     assert stages == [0] * turn + [1] * (len(stages) - turn) and 3 < turn < len(stages) - 3
     changed = lambda a, b: {name.split("self_attn.")[1] for name in mixers if not a[name].equal(b[name])}
-    assert changed(start, seen[turn - 1]) == {"q_proj.weight", "k_proj.weight", "conv_weight", "A_log", "dt_bias"} | MATRIX[condition.mixer]
+    assert (
+        changed(start, seen[turn - 1])
+        == {"q_proj.weight", "k_proj.weight", "conv_weight", "A_log", "dt_bias"} | MATRIX[condition.mixer]
+    )
     everything = {name.split("self_attn.")[1] for name in mixers}
     held = {f"{p}_proj.weight" for p in "qkvo"} if condition.weight_transfer else set()
     assert changed(seen[turn - 1], seen[-1]) == everything - held
@@ -279,7 +351,21 @@ def test_the_matrix_of_each_familys_attention(family):
 
 def test_conditions_differ_in_the_alignment_stages(tmp_path, whole):
     first = {"C4": log(whole[0])[0]["loss"]}
-    for condition in ("C2", "C3", "C4-shuffled", "-Density", "-Residual", "C5", "+LD", "+SL", "mask-25", "random-25", "C3-forced", "MaTVLM", "mmMamba"):
+    for condition in (
+        "C2",
+        "C3",
+        "C4-shuffled",
+        "-Density",
+        "-Residual",
+        "C5",
+        "+LD",
+        "+SL",
+        "mask-25",
+        "random-25",
+        "C3-forced",
+        "MaTVLM",
+        "mmMamba",
+    ):
         run(tmp_path / condition, condition, replace(SETTINGS, token_budget=1, stages=(1.0, 0.0, 0.0)))
         first[condition] = log(tmp_path / condition)[0]["loss"]
     assert len(set(first.values())) == len(first)
@@ -289,11 +375,19 @@ def test_weights_without_contrast_are_uniform(tmp_path):
     "C5 and +LD tempered away, and C4 at an endless temperature, train as C3 does."
     settings = replace(SETTINGS, token_budget=120, stages=(0.0, 1.0, 0.0))
     losses = {}
-    for condition, change in (("C3", {}), ("C5", dict(temper=0.0)), ("+LD", dict(temper=0.0)), ("C4", dict(tau=1e9)), ("C5 raw", {})):
+    for condition, change in (
+        ("C3", {}),
+        ("C5", dict(temper=0.0)),
+        ("+LD", dict(temper=0.0)),
+        ("C4", dict(tau=1e9)),
+        ("C5 raw", {}),
+    ):
         run(tmp_path / condition, condition.split()[0], replace(settings, **change))
         losses[condition] = [line["loss"] for line in log(tmp_path / condition)]
     raw = losses.pop("C5 raw")
-    assert all(values == pytest.approx(losses["C3"], rel=1e-5) for values in losses.values()) and raw != pytest.approx(losses["C3"], rel=1e-2)
+    assert all(values == pytest.approx(losses["C3"], rel=1e-5) for values in losses.values()) and raw != pytest.approx(
+        losses["C3"], rel=1e-2
+    )
 
 
 def paired(family):
@@ -312,9 +406,22 @@ def test_gradient_weights_of_a_step_are_eq_7(family):
     batch["labels"][:, :-3] = -100
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "residual_alignment", lambda student, target, weights, distance: seen.update(target=target, weights=weights))
+        patch.setattr(
+            trainer,
+            "residual_alignment",
+            lambda student, target, weights, distance: seen.update(target=target, weights=weights),
+        )
         for condition in ("C3", "C5", "+LD", "+SL"):
-            trainer.step_loss(2, model.train().requires_grad_(False), kind, batch, list("abcd"), CONDITIONS[condition], SETTINGS, trainer.Phases(torch.device("cpu")))
+            trainer.step_loss(
+                2,
+                model.train().requires_grad_(False),
+                kind,
+                batch,
+                list("abcd"),
+                CONDITIONS[condition],
+                SETTINGS,
+                trainer.Phases(torch.device("cpu")),
+            )
             seen[condition] = seen.pop("target"), seen.pop("weights")
     teacher = tiny.teacher(family)
     with trainer.record_outputs(kind.layers(teacher)[:3]) as outputs:
@@ -325,7 +432,9 @@ def test_gradient_weights_of_a_step_are_eq_7(family):
     real = batch["attention_mask"]
     for condition, expected in (("C5", s.sum(0)), ("+LD", s), ("+SL", s[1])):
         target, weights = seen[condition]
-        torch.testing.assert_close(weights, expected * (real.sum(-1) / expected.sum(-1))[..., None], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            weights, expected * (real.sum(-1) / expected.sum(-1))[..., None], rtol=1e-3, atol=1e-4
+        )
         for ours, plain in zip(target, seen["C3"][0]):
             torch.testing.assert_close(ours, plain)
 
@@ -335,11 +444,22 @@ def test_a_conditions_own_tau_and_beta_are_those_of_its_weights(monkeypatch):
     model, kind, layers, batch, inputs = paired("qwen3_vl")
     used, settings, mask = [], replace(SETTINGS, tau=0.7, text_boost=1.5), batch["attention_mask"]
     monkeypatch.setattr(trainer, "residual_alignment", lambda student, target, weights, distance: used.append(weights))
-    own = {"C4": {}, "tau-0.25": dict(tau=0.25), "tau-1": dict(tau=1.0), "beta-1": dict(text_boost=1.0), "beta-4": dict(text_boost=4.0)}
+    own = {
+        "C4": {},
+        "tau-0.25": dict(tau=0.25),
+        "tau-1": dict(tau=1.0),
+        "beta-1": dict(text_boost=1.0),
+        "beta-4": dict(text_boost=4.0),
+    }
     density = kind.density(inputs)
-    expected = [position_weights(density, inputs.visual_mask, attention_mask=mask, **dict(tau=0.7, text_boost=1.5) | given) for given in own.values()]
+    expected = [
+        position_weights(density, inputs.visual_mask, attention_mask=mask, **dict(tau=0.7, text_boost=1.5) | given)
+        for given in own.values()
+    ]
     for name in own:
-        trainer.step_loss(2, model, kind, batch, list("abcd"), CONDITIONS[name], settings, trainer.Phases(torch.device("cpu")))
+        trainer.step_loss(
+            2, model, kind, batch, list("abcd"), CONDITIONS[name], settings, trainer.Phases(torch.device("cpu"))
+        )
     torch.testing.assert_close(used, expected, rtol=0, atol=0)
     assert not any(one.allclose(other) for one, other in combinations(used, 2))
 
@@ -351,7 +471,10 @@ def test_a_forced_student_reads_the_teachers_stream_in_each_layer(family, alignm
     "Each replaced layer by itself, given what the teacher's layer was given."
     model, kind, layers, batch, inputs = paired(family)
     decoder, given = kind.decoder(model), []
-    hooks = [layer.register_forward_pre_hook(lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True) for layer in layers]
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+        for layer in layers
+    ]
     with teacher_path(model), trainer.record_inputs(layers) as stream:
         trainer.aligned_outputs(decoder, inputs, layers, "residual")
     for hook in hooks:
@@ -392,15 +515,21 @@ def test_random_masks_and_shuffles_are_of_the_run_and_the_sample():
 
 def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
     for step in (1, 2, 3):
-        with pytest.raises(trainer.OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"):
+        with pytest.raises(
+            trainer.OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"
+        ):
             run(tmp_path, deadline=time.time())
-        assert trainer.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path)) and not (tmp_path / "student").exists()
+        assert (
+            trainer.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
+            and not (tmp_path / "student").exists()
+        )
     run(tmp_path, deadline=float("inf"))
     assert_same_run(tmp_path, whole[0])
 
 
 def die_after(calls):
     "Kills this process once it has made so many calls from here on: at a random moment, and the same one on a slow machine."
+
     def count(*_):
         nonlocal calls
         calls -= 1
@@ -413,7 +542,9 @@ def die_after(calls):
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, whole, processes):
     random.seed(0)
     for _ in range(4):  # a whole run makes 650,000 calls
-        process = processes.Process(target=run, args=(tmp_path,), kwargs=dict(before=partial(die_after, random.randrange(100_000, 350_000))))
+        process = processes.Process(
+            target=run, args=(tmp_path,), kwargs=dict(before=partial(die_after, random.randrange(100_000, 350_000)))
+        )
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL or (tmp_path / "student").exists()
@@ -445,7 +576,9 @@ def die_before_the_student_is_in_place():
     files.sync = torn
 
 
-@pytest.mark.parametrize("before, resumes_at", [(die_in_the_second_checkpoint, 4), (die_before_the_student_is_in_place, None)])
+@pytest.mark.parametrize(
+    "before, resumes_at", [(die_in_the_second_checkpoint, 4), (die_before_the_student_is_in_place, None)]
+)
 def test_killed_while_it_writes_it_ends_with_the_same_bits(tmp_path, whole, processes, before, resumes_at):
     process = processes.Process(target=run, args=(tmp_path,), kwargs=dict(before=before))
     process.start()
@@ -463,14 +596,24 @@ def two_checkpoints(folder):
     saved = {}
     for step in (1, 2):
         g = torch.Generator().manual_seed(step)
-        tensors = {"float": torch.randn(3, 2, generator=g), "half": torch.randn(5, generator=g).bfloat16(), "rng": torch.randint(256, (9,), generator=g, dtype=torch.uint8),
-                   "step": torch.tensor(float(step)), "none": torch.zeros(0, 4), "seen": torch.tensor([True, False])}
+        tensors = {
+            "float": torch.randn(3, 2, generator=g),
+            "half": torch.randn(5, generator=g).bfloat16(),
+            "rng": torch.randint(256, (9,), generator=g, dtype=torch.uint8),
+            "step": torch.tensor(float(step)),
+            "none": torch.zeros(0, 4),
+            "seen": torch.tensor([True, False]),
+        }
         saved[step] = tensors, {"step": step, "run": {"name": "Zoë", "list": [1.5, None, True]}}
         trainer.save_checkpoint(folder, *saved[step])
 
     def known(found):
         tensors, state = saved[found[1]["step"]]
-        return found[1] == state and found[0].keys() == tensors.keys() and all(found[0][k].dtype == t.dtype and found[0][k].equal(t) for k, t in tensors.items())
+        return (
+            found[1] == state
+            and found[0].keys() == tensors.keys()
+            and all(found[0][k].dtype == t.dtype and found[0][k].equal(t) for k, t in tensors.items())
+        )
 
     return known
 
@@ -484,20 +627,29 @@ def test_a_checkpoint_that_changed_is_noticed_or_has_its_content(tmp_path, capsy
         "flip a bit": [{at // 8: good[at // 8] ^ 1 << at % 8} for at in range(0, 8 * len(good), 7)],
         "flip some": [{r.randrange(len(good)): r.randrange(256) for _ in range(r.choice((2, 8)))} for _ in range(300)],
         "swap": [{at: good[at + 4], at + 4: good[at]} for at in range(0, len(good) - 4, 3)],
-        "cut": range(0, len(good), 7), "append": range(1, 100, 9)}[change]
+        "cut": range(0, len(good), 7),
+        "append": range(1, 100, 9),
+    }[change]
     noticed = 0
     for one in changes:
         data = bytearray(good)
-        if change == "cut": del data[one:]
-        elif change == "append": data += bytes(one)
+        if change == "cut":
+            del data[one:]
+        elif change == "append":
+            data += bytes(one)
         else:
-            for at, byte in one.items(): data[at] = byte
+            for at, byte in one.items():
+                data[at] = byte
         newest.write_bytes(data)
         found = trainer.load_checkpoint(tmp_path)
         assert known(found)
         noticed += found[1]["step"] == 1
         said = capsys.readouterr().err
-        assert said == "" if found[1]["step"] == 2 else re.fullmatch(rf"{newest} is damaged \(.+\); going back to step-00000001.safetensors\n", said)
+        assert (
+            said == ""
+            if found[1]["step"] == 2
+            else re.fullmatch(rf"{newest} is damaged \(.+\); going back to step-00000001.safetensors\n", said)
+        )
     assert noticed > 0.9 * len(changes)
 
 
@@ -518,8 +670,11 @@ def flipped(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [flipped, old_form, folder_in_its_place, lambda path: os.truncate(path, 1000), lambda path: path.write_text("{}")],
-                         ids=["flipped", "old form", "folder", "cut", "text"])
+@pytest.mark.parametrize(
+    "damage",
+    [flipped, old_form, folder_in_its_place, lambda path: os.truncate(path, 1000), lambda path: path.write_text("{}")],
+    ids=["flipped", "old form", "folder", "cut", "text"],
+)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, capfd, damage):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
@@ -536,8 +691,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, capfd, damage):
     events = sorted((out / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     steps = [event.step for event in EventFileLoader(str(events[-1])).Load() if event.summary.value]
     assert steps and min(steps) == int(older.stem[5:]) + 1
-    for path in checkpoints(out): damage(path)
-    with pytest.raises(ValueError, match=rf"^{checkpoints(out)[1]} is damaged \(another checksum than was written\), and no other is whole; remove {out}/checkpoint to begin again$"):
+    for path in checkpoints(out):
+        damage(path)
+    with pytest.raises(
+        ValueError,
+        match=rf"^{checkpoints(out)[1]} is damaged \(another checksum than was written\), and no other is whole; remove {out}/checkpoint to begin again$",
+    ):
         run(out)
 
 
@@ -546,7 +705,9 @@ def test_a_damaged_log_is_named_before_any_step(tmp_path, whole):
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines(keepends=True)
     for damaged in (lines[:2] + ["{}\n"] + lines[3:], lines[:2], lines[:2] + lines[3:]):
         (tmp_path / "run/log.jsonl").write_text("".join(damaged))
-        with pytest.raises(ValueError, match=r"^line 3 of .*log.jsonl is not that of step 3; mend it, or remove .* to begin again$"):
+        with pytest.raises(
+            ValueError, match=r"^line 3 of .*log.jsonl is not that of step 3; mend it, or remove .* to begin again$"
+        ):
             run(tmp_path / "run")
 
 
@@ -572,20 +733,41 @@ def test_a_half_precision_pair_is_trained_saved_and_used_in_its_own_precision(tm
     teacher = tiny_teacher().to(torch.bfloat16)
     model = to_hybrid(teacher)
     before = {name: (p.dtype, p.detach().clone()) for name, p in mixer_parameters(model).items()}
-    with pytest.raises(ValueError, match="^the student is in torch.bfloat16, precision is fp32: load the teacher in float32, or set precision to bf16$"):
+    with pytest.raises(
+        ValueError,
+        match="^the student is in torch.bfloat16, precision is fp32: load the teacher in float32, or set precision to bf16$",
+    ):
         distill(model, teacher, Noise(), collate, CONDITIONS["C4"], SETTINGS, tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
-    distill(model, teacher, Noise(), collate, CONDITIONS["C4"], replace(SETTINGS, precision="bf16"), tmp_path, progress=False)
+    distill(
+        model,
+        teacher,
+        Noise(),
+        collate,
+        CONDITIONS["C4"],
+        replace(SETTINGS, precision="bf16"),
+        tmp_path,
+        progress=False,
+    )
     after = mixer_parameters(model)
-    assert all(p.dtype == before[name][0] for name, p in after.items()) and not all(p.equal(before[name][1]) for name, p in after.items())
-    assert {name: value.dtype for name, value in student(tmp_path).items() if name in after} == {name: dtype for name, (dtype, _) in before.items()}
-    batch = {name: value for name, value in collate([Noise()[0]]).items() if isinstance(value, torch.Tensor) and name != "labels"}
+    assert all(p.dtype == before[name][0] for name, p in after.items()) and not all(
+        p.equal(before[name][1]) for name, p in after.items()
+    )
+    assert {name: value.dtype for name, value in student(tmp_path).items() if name in after} == {
+        name: dtype for name, (dtype, _) in before.items()
+    }
+    batch = {
+        name: value
+        for name, value in collate([Noise()[0]]).items()
+        if isinstance(value, torch.Tensor) and name != "labels"
+    }
     assert model.eval().generate(**batch, max_new_tokens=3, do_sample=False).shape[1] > batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_times_on_a_gpu_are_read_once_it_has_caught_up(monkeypatch, late):
     "Events that refuse to be read before the device has reached them, as CUDA's do."
+
     class Event:
         made = []
 
@@ -593,9 +775,11 @@ def test_times_on_a_gpu_are_read_once_it_has_caught_up(monkeypatch, late):
             self.at, self.reached = len(self.made), False
             self.made.append(self)
 
-        def record(self): pass
+        def record(self):
+            pass
 
-        def query(self): return self.reached
+        def query(self):
+            return self.reached
 
         def elapsed_time(self, end):
             assert self.reached and end.reached
@@ -606,29 +790,66 @@ def test_times_on_a_gpu_are_read_once_it_has_caught_up(monkeypatch, late):
     for step in range(3):
         for name in ("data", "student", "optimizer", "checkpoint"):
             phases.mark(name)
-        for event in Event.made[:len(Event.made) - 2 * late]: event.reached = True
+        for event in Event.made[: len(Event.made) - 2 * late]:
+            event.reached = True
         phases.collect()
-    assert {name: phases.seconds[name] for name in ("data", "student", "optimizer", "checkpoint")} == dict(data=3, student=3 - late, optimizer=3 - late, checkpoint=2)
+    assert {name: phases.seconds[name] for name in ("data", "student", "optimizer", "checkpoint")} == dict(
+        data=3, student=3 - late, optimizer=3 - late, checkpoint=2
+    )
 
 
 def test_a_fingerprint_sees_every_bit():
     t = torch.randn(4, 6)
-    tensors = [t, -t, t.flip(0), t.flip(1), t.T.contiguous(), t.reshape(6, 4), t.bfloat16(), torch.ones(4, 6), 2 * torch.ones(4, 6), torch.zeros(4, 6)]
+    tensors = [
+        t,
+        -t,
+        t.flip(0),
+        t.flip(1),
+        t.T.contiguous(),
+        t.reshape(6, 4),
+        t.bfloat16(),
+        torch.ones(4, 6),
+        2 * torch.ones(4, 6),
+        torch.zeros(4, 6),
+    ]
     assert len({trainer.fingerprint({"a": x}) for x in tensors} | {trainer.fingerprint({"b": t})}) == len(tensors) + 1
-    assert trainer.fingerprint({"a": t, "b": -t}) == trainer.fingerprint({"b": -t, "a": t.T.contiguous().T}) != trainer.fingerprint({"a": -t, "b": t})
+    assert (
+        trainer.fingerprint({"a": t, "b": -t})
+        == trainer.fingerprint({"b": -t, "a": t.T.contiguous().T})
+        != trainer.fingerprint({"a": -t, "b": t})
+    )
 
 
 def test_processes_do_not_share_a_model_on_a_gpu():
     with torch.device("meta"):
         model = tiny_teacher()
-    for build in (trainer.build_density_cache, partial(trainer.build_gradient_cache, condition=CONDITIONS["C5"], layers=[0])):
-        with pytest.raises(ValueError, match="^processes is 2 and the model on meta; several processes compute on a CPU alone$"):
-            build("nowhere", model, dataset=None, collate=None, processor=None, processes=2, **{} if isinstance(build, partial) else dict(settings=SETTINGS))
+    for build in (
+        trainer.build_density_cache,
+        partial(trainer.build_gradient_cache, condition=CONDITIONS["C5"], layers=[0]),
+    ):
+        with pytest.raises(
+            ValueError, match="^processes is 2 and the model on meta; several processes compute on a CPU alone$"
+        ):
+            build(
+                "nowhere",
+                model,
+                dataset=None,
+                collate=None,
+                processor=None,
+                processes=2,
+                **{} if isinstance(build, partial) else dict(settings=SETTINGS),
+            )
 
 
 def share_a_run(out, rank, port):
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                       ACCELERATE_USE_CPU="true")
+    os.environ |= dict(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )
     teacher = tiny_teacher()
     model = to_hybrid(teacher, seed=SETTINGS.seed)
     distill(model, teacher, Noise(), collate, CONDITIONS["C4"], SETTINGS, out, progress=False)
@@ -680,7 +901,11 @@ def test_two_runs_in_one_folder_exclude_each_other(tmp_path, processes):
             thread.start()
             begun.wait()
         else:
-            target, given = (run, (out, "C4", replace(SETTINGS, token_budget=10**9, workers=1))) if holder == "another run" else (hold_and_wait, (out, theirs))
+            target, given = (
+                (run, (out, "C4", replace(SETTINGS, token_budget=10**9, workers=1)))
+                if holder == "another run"
+                else (hold_and_wait, (out, theirs))
+            )
             process = processes.Process(target=target, args=given)
             process.start()
             while holder == "another run" and not (out / "log.jsonl").exists():
@@ -714,11 +939,14 @@ def test_a_run_waits_for_another_where_it_is_told_to(tmp_path, capsys):
 
     class Telling:
         "A stderr that says when the line is written."
+
         def write(self, text):
             events.append(text)
-            if "waiting" in text: waiting.set()
+            if "waiting" in text:
+                waiting.set()
 
-        def flush(self): pass
+        def flush(self):
+            pass
 
     waiting, thread = threading.Event(), threading.Thread(target=wait)
     thread.start()
@@ -728,7 +956,11 @@ def test_a_run_waits_for_another_where_it_is_told_to(tmp_path, capsys):
         waiting.wait()
         events.append("first")
     thread.join()
-    assert [event for event in events if event.strip()] == [f"another run holds {tmp_path}; waiting for it", "first", "second"]
+    assert [event for event in events if event.strip()] == [
+        f"another run holds {tmp_path}; waiting for it",
+        "first",
+        "second",
+    ]
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
@@ -747,18 +979,25 @@ def test_what_a_run_writes_has_the_permissions_of_the_umask(tmp_path, umask):
 LAUNCHED = "^the launcher started {n} processes \\({name}\\), accelerate counts 1, so each rank would train over the others; use `accelerate launch`, with `--cpu` on CPUs, or start one process$"
 
 
-@pytest.mark.parametrize("given, message", [
-    (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"), LAUNCHED.format(n=2, name="WORLD_SIZE")),
-    (dict(WORLD_SIZE="2", RANK="1", SLURM_STEP_NUM_TASKS="1"), LAUNCHED.format(n=2, name="WORLD_SIZE")),
-    (dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3"), LAUNCHED.format(n=4, name="OMPI_COMM_WORLD_SIZE")),
-    (dict(PMI_SIZE="2", PMI_RANK="0"), LAUNCHED.format(n=2, name="PMI_SIZE")),
-    (dict(MV2_COMM_WORLD_SIZE="2"), LAUNCHED.format(n=2, name="MV2_COMM_WORLD_SIZE")),
-    (dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="0"), LAUNCHED.format(n=8, name="SLURM_STEP_NUM_TASKS")),
-    (dict(RANK="0"), "^RANK is 0, but no WORLD_SIZE says how many processes the launcher started; use `accelerate launch`, or unset RANK$"),
-    (dict(LOCAL_RANK="1"), "^LOCAL_RANK is 1, but no WORLD_SIZE says "),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"), LAUNCHED.format(n=2, name="WORLD_SIZE")),
+        (dict(WORLD_SIZE="2", RANK="1", SLURM_STEP_NUM_TASKS="1"), LAUNCHED.format(n=2, name="WORLD_SIZE")),
+        (dict(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="3"), LAUNCHED.format(n=4, name="OMPI_COMM_WORLD_SIZE")),
+        (dict(PMI_SIZE="2", PMI_RANK="0"), LAUNCHED.format(n=2, name="PMI_SIZE")),
+        (dict(MV2_COMM_WORLD_SIZE="2"), LAUNCHED.format(n=2, name="MV2_COMM_WORLD_SIZE")),
+        (dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="0"), LAUNCHED.format(n=8, name="SLURM_STEP_NUM_TASKS")),
+        (
+            dict(RANK="0"),
+            "^RANK is 0, but no WORLD_SIZE says how many processes the launcher started; use `accelerate launch`, or unset RANK$",
+        ),
+        (dict(LOCAL_RANK="1"), "^LOCAL_RANK is 1, but no WORLD_SIZE says "),
+    ],
+)
 def test_ranks_that_know_nothing_of_each_other_are_refused_before_any_work(tmp_path, monkeypatch, given, message):
-    for name, value in given.items(): monkeypatch.setenv(name, value)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         distill(None, None, Noise(), collate, CONDITIONS["C4"], SETTINGS, tmp_path / "out")
     with pytest.raises(ValueError, match=message):
@@ -766,19 +1005,30 @@ def test_ranks_that_know_nothing_of_each_other_are_refused_before_any_work(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("given", [dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"), dict(SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1"),
-                                   dict(WORLD_SIZE="1", RANK="0", OMPI_COMM_WORLD_SIZE="2"), dict(WORLD_SIZE="", RANK="")])
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0"),
+        dict(SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1"),
+        dict(WORLD_SIZE="1", RANK="0", OMPI_COMM_WORLD_SIZE="2"),
+        dict(WORLD_SIZE="", RANK=""),
+    ],
+)
 def test_one_process_of_a_launcher_trains(monkeypatch, given):
-    for name, value in given.items(): monkeypatch.setenv(name, value)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     trainer.check_launch(1)
 
 
-@pytest.mark.parametrize("changed, message", [
-    (dict(settings=replace(SETTINGS, lr=2e-3)), "holds a run with the setting lr = 0.001, this one has 0.002"),
-    (dict(settings=replace(SETTINGS, seed=1)), "holds a run with the setting seed = 0, this one has 1"),
-    (dict(condition="C3"), "holds a run with the condition name = 'C4', this one has 'C3'"),
-    (dict(teacher_seed=1), "holds a run with another teacher"),
-])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(settings=replace(SETTINGS, lr=2e-3)), "holds a run with the setting lr = 0.001, this one has 0.002"),
+        (dict(settings=replace(SETTINGS, seed=1)), "holds a run with the setting seed = 0, this one has 1"),
+        (dict(condition="C3"), "holds a run with the condition name = 'C4', this one has 'C3'"),
+        (dict(teacher_seed=1), "holds a run with another teacher"),
+    ],
+)
 def test_another_run_in_the_same_folder_is_refused(tmp_path, whole, changed, message):
     out = whole[0]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -789,7 +1039,9 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, whole, changed, mes
 
 
 def test_the_teacher_itself_is_refused_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match="condition 'C0' can't be trained: it is the teacher itself; these can: C1, C2"):
+    with pytest.raises(
+        ValueError, match="condition 'C0' can't be trained: it is the teacher itself; these can: C1, C2"
+    ):
         distill(None, None, None, None, CONDITIONS["C0"], SETTINGS, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -814,15 +1066,23 @@ class Unportable(Exception):
 
 class Bad(ValueError):
     "As heed_nb.data refuses a sample."
+
     def __init__(self, key, reason):
         super().__init__(f"sample {key!r}: {reason}")
         self.key, self.reason = key, reason
 
 
 ERRORS = {
-    "ValueError": lambda: ValueError("no pages"), "KeyError": lambda: KeyError("image"), "OSError": lambda: OSError(5, "Input/output error"), "TypeError": lambda: TypeError("a\nb\nc"),
-    "UnidentifiedImageError": lambda: UnidentifiedImageError("cannot identify image file"), "Unportable": lambda: Unportable("x", "y"), "Bad": lambda: Bad("mine", "too thin"),
-    "IndexError": lambda: IndexError(), "DecompressionBombError": lambda: Image.DecompressionBombError("too large")}
+    "ValueError": lambda: ValueError("no pages"),
+    "KeyError": lambda: KeyError("image"),
+    "OSError": lambda: OSError(5, "Input/output error"),
+    "TypeError": lambda: TypeError("a\nb\nc"),
+    "UnidentifiedImageError": lambda: UnidentifiedImageError("cannot identify image file"),
+    "Unportable": lambda: Unportable("x", "y"),
+    "Bad": lambda: Bad("mine", "too thin"),
+    "IndexError": lambda: IndexError(),
+    "DecompressionBombError": lambda: Image.DecompressionBombError("too large"),
+}
 
 
 class Failing(FiniteNoise):
@@ -847,23 +1107,39 @@ def collate_or_fail(samples):
 
 def distil(out, data, settings, collate=collate_or_fail, **options):
     teacher = tiny_teacher()
-    return distill(to_hybrid(teacher), teacher, data, collate, CONDITIONS["C4"], settings, out, progress=False, **options)
+    return distill(
+        to_hybrid(teacher), teacher, data, collate, CONDITIONS["C4"], settings, out, progress=False, **options
+    )
 
 
 STEP_3 = trainer.batch_indices(40, 4, 0, 2)
 SHORT = replace(SETTINGS, checkpoint_every=2)
 
 
-@pytest.mark.parametrize("error, when, workers", [(error, "read", 0) for error in ERRORS]
-                         + [("Bad", "collate", 0), ("TypeError", "collate", 0), ("Unportable", "read", 1), ("OSError", "collate", 1)])
+@pytest.mark.parametrize(
+    "error, when, workers",
+    [(error, "read", 0) for error in ERRORS]
+    + [("Bad", "collate", 0), ("TypeError", "collate", 0), ("Unportable", "read", 1), ("OSError", "collate", 1)],
+)
 def test_an_error_of_a_sample_names_it_its_step_and_the_last_checkpoint(tmp_path, two_steps, error, when, workers):
     shutil.copytree(two_steps, tmp_path / "run")
     bad = STEP_3[1]
     with pytest.raises(ValueError) as raised:
         distil(tmp_path / "run", Failing(40, {bad}, error, when), replace(SHORT, workers=workers))
-    name = f"sample noise-{bad} (index {bad})" if when == "collate" else f"sample mine (index {bad})" if error == "Bad" else f"sample {bad}"
+    name = (
+        f"sample noise-{bad} (index {bad})"
+        if when == "collate"
+        else f"sample mine (index {bad})"
+        if error == "Bad"
+        else f"sample {bad}"
+    )
     message = str(raised.value)
-    assert message.endswith(f", in {name}, at step 3 (stage 1); last good checkpoint: {tmp_path / 'run/checkpoint/step-00000002.safetensors'}") and "\n" not in message
+    assert (
+        message.endswith(
+            f", in {name}, at step 3 (stage 1); last good checkpoint: {tmp_path / 'run/checkpoint/step-00000002.safetensors'}"
+        )
+        and "\n" not in message
+    )
     assert error in ("ValueError", "Bad") or message.startswith(error)
     cause = raised.value.__cause__
     assert type(cause).__name__ == ("RuntimeError" if workers and error == "Unportable" else error)
@@ -881,13 +1157,22 @@ def two_steps(tmp_path_factory):
 
 def test_what_no_single_sample_is_to_blame_for_names_them_all(tmp_path, two_steps):
     def together(samples):
-        if len(samples) > 1: raise RuntimeError("sizes differ")
+        if len(samples) > 1:
+            raise RuntimeError("sizes differ")
 
     shutil.copytree(two_steps, tmp_path / "run")
-    with pytest.raises(ValueError, match=f"^RuntimeError: sizes differ, in {', '.join(rf'sample noise-{i} .index {i}.' for i in STEP_3)} together, at step 3 "):
+    with pytest.raises(
+        ValueError,
+        match=f"^RuntimeError: sizes differ, in {', '.join(rf'sample noise-{i} .index {i}.' for i in STEP_3)} together, at step 3 ",
+    ):
         distil(tmp_path / "run", FiniteNoise(40), replace(SHORT, skip_bad=0.5), together)
     with pytest.raises(ValueError, match="^KeyError: 'keys', at step 3 "):
-        distil(tmp_path / "run", FiniteNoise(40), SHORT, lambda samples: {k: v for k, v in collate(samples).items() if k != "keys"})
+        distil(
+            tmp_path / "run",
+            FiniteNoise(40),
+            SHORT,
+            lambda samples: {k: v for k, v in collate(samples).items() if k != "keys"},
+        )
 
 
 def end(samples):
@@ -895,7 +1180,10 @@ def end(samples):
 
 
 def test_a_worker_that_dies_is_named_with_the_step(tmp_path):
-    with pytest.raises(ValueError, match=r"^RuntimeError: DataLoader worker .* exited unexpectedly.*, at step 1 \(stage 1\); no checkpoint was written yet$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^RuntimeError: DataLoader worker .* exited unexpectedly.*, at step 1 \(stage 1\); no checkpoint was written yet$",
+    ):
         distil(tmp_path, FiniteNoise(40), replace(SHORT, workers=1), end)
 
 
@@ -908,14 +1196,23 @@ def test_a_bug_is_not_dressed_as_a_bad_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "residual_alignment", broken)
     with pytest.raises(ValueError) as raised:
         run(tmp_path)
-    assert raised.value is bug and str(bug) == "not enough values to unpack" and bug.__notes__[0].startswith("at step 1 (stage 1) on samples noise-")
+    assert (
+        raised.value is bug
+        and str(bug) == "not enough values to unpack"
+        and bug.__notes__[0].startswith("at step 1 (stage 1) on samples noise-")
+    )
 
 
 def test_skipped_samples_are_counted_and_the_same_after_a_resume_and_with_workers(tmp_path):
-    data, settings = Failing(40, set(STEP_3[:2]) | {1, 2, 3}, "KeyError"), replace(SHORT, token_budget=700, skip_bad=0.4)
+    data, settings = (
+        Failing(40, set(STEP_3[:2]) | {1, 2, 3}, "KeyError"),
+        replace(SHORT, token_budget=700, skip_bad=0.4),
+    )
     numbers = distil(tmp_path / "whole", data, settings)
     named = [pair for line in log(tmp_path / "whole") for pair in line.get("skipped", [])]
-    assert numbers["skipped"] == {"KeyError": len(named)} and {int(name.split()[1]) for name, _ in named} == data.bad_ones
+    assert (
+        numbers["skipped"] == {"KeyError": len(named)} and {int(name.split()[1]) for name, _ in named} == data.bad_ones
+    )
     with pytest.raises(ValueError, match="^KeyError: 'image', in sample "):
         distil(tmp_path / "resumed", data, replace(settings, skip_bad=0.0))
     with pytest.raises(trainer.OutOfTime):
@@ -924,9 +1221,21 @@ def test_skipped_samples_are_counted_and_the_same_after_a_resume_and_with_worker
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("bad, share, message", [
-    ({7}, 0.01, r"^\d+ samples are bad, of about \d+ that the budget reads, skip_bad is 0.01 \(too thin \d+\); the last is sample noise-7 \(index 7\), at step \d+ "),
-    (set(range(40)), 0.9, r"^100 samples in a row are bad, the last by sample 'mine': too thin, in sample noise-\d+ \(index \d+\), at step 1 ")])
+@pytest.mark.parametrize(
+    "bad, share, message",
+    [
+        (
+            {7},
+            0.01,
+            r"^\d+ samples are bad, of about \d+ that the budget reads, skip_bad is 0.01 \(too thin \d+\); the last is sample noise-7 \(index 7\), at step \d+ ",
+        ),
+        (
+            set(range(40)),
+            0.9,
+            r"^100 samples in a row are bad, the last by sample 'mine': too thin, in sample noise-\d+ \(index \d+\), at step 1 ",
+        ),
+    ],
+)
 def test_more_bad_samples_than_the_share_end_the_run(tmp_path, bad, share, message):
     with pytest.raises(ValueError, match=message):
         distil(tmp_path, Failing(40, bad, "Bad", "collate"), replace(SHORT, skip_bad=share))
@@ -943,7 +1252,7 @@ def out_of_disk(out, limit):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, whole, processes):
     run(tmp_path, settings=replace(SETTINGS, token_budget=1))  # how large is a checkpoint?
-    limit = checkpoints(tmp_path)[0].stat().st_size            # of one step in stage 1: fewer moments than a later one has
+    limit = checkpoints(tmp_path)[0].stat().st_size  # of one step in stage 1: fewer moments than a later one has
     out = tmp_path / "full"
     process = processes.Process(target=out_of_disk, args=(out, limit))
     process.start()

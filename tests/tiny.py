@@ -1,4 +1,5 @@
 "A random teacher of each family, of 64 channels, with its processor and batches."
+
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,8 @@ TEXT = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_att
 
 @dataclass(frozen=True)
 class Tiny:
-    see: str                   # what stands for an image in a prompt
-    special: tuple             # the vision tokens, the image's first
+    see: str  # what stands for an image in a prompt
+    special: tuple  # the vision tokens, the image's first
     image_processor: object
     text: dict
     vision: dict
@@ -28,25 +29,87 @@ class Tiny:
 
 TINY = {
     "qwen3_vl": Tiny(
-        "<|vision_start|><|image_pad|><|vision_end|>", ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"), Qwen2VLImageProcessorPil(**PATCHES),
-        dict(num_key_value_heads=2, head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True)),
-        dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8, temporal_patch_size=1, out_hidden_size=64,
-             num_position_embeddings=16, deepstack_visual_indexes=[0], initializer_range=0.15)),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"),
+        Qwen2VLImageProcessorPil(**PATCHES),
+        dict(
+            num_key_value_heads=2,
+            head_dim=8,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True),
+        ),
+        dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            patch_size=8,
+            temporal_patch_size=1,
+            out_hidden_size=64,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+            initializer_range=0.15,
+        ),
+    ),
     "internvl": Tiny(
-        "<IMG_CONTEXT>", ("<IMG_CONTEXT>", "<img>", "</img>"), GotOcr2ImageProcessorPil(size=dict(height=32, width=32), max_patches=4),
-        dict(model_type="qwen3", num_key_value_heads=2, head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=1e4)),
-        dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=2, patch_size=8, image_size=32, attention_bias=True, initializer_range=0.15),
-        config=dict(image_seq_length=4, tie_word_embeddings=False), processing=dict(image_seq_length=4)),
+        "<IMG_CONTEXT>",
+        ("<IMG_CONTEXT>", "<img>", "</img>"),
+        GotOcr2ImageProcessorPil(size=dict(height=32, width=32), max_patches=4),
+        dict(
+            model_type="qwen3",
+            num_key_value_heads=2,
+            head_dim=8,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4),
+        ),
+        dict(
+            num_hidden_layers=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=2,
+            patch_size=8,
+            image_size=32,
+            attention_bias=True,
+            initializer_range=0.15,
+        ),
+        config=dict(image_seq_length=4, tie_word_embeddings=False),
+        processing=dict(image_seq_length=4),
+    ),
     "glm4v": Tiny(
-        "<|begin_of_image|><|image|><|end_of_image|>", ("<|image|>", "<|begin_of_image|>", "<|end_of_image|>"), Glm4vImageProcessorPil(**PATCHES),
-        dict(num_key_value_heads=1, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], partial_rotary_factor=0.5)),
-        dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8, temporal_patch_size=1, out_hidden_size=64, image_size=32, initializer_range=0.15)),
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        ("<|image|>", "<|begin_of_image|>", "<|end_of_image|>"),
+        Glm4vImageProcessorPil(**PATCHES),
+        dict(
+            num_key_value_heads=1,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], partial_rotary_factor=0.5
+            ),
+        ),
+        dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            patch_size=8,
+            temporal_patch_size=1,
+            out_hidden_size=64,
+            image_size=32,
+            initializer_range=0.15,
+        ),
+    ),
     "minicpmv": Tiny(
-        "<unk>", ("<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
+        "<unk>",
+        ("<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
         MiniCPMVImageProcessor(scale_resolution=48, patch_size=8, image_feature_size=4),
         dict(num_key_value_heads=2, head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=1e4)),
-        dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=2, patch_size=8, image_size=48),
-        config=dict(query_num=4)),
+        dict(
+            num_hidden_layers=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=2,
+            patch_size=8,
+            image_size=48,
+        ),
+        config=dict(query_num=4),
+    ),
 }
 
 
@@ -54,22 +117,46 @@ def tokenizer(family):
     "Bytes and the family's vision tokens; padding on the left."
     bytes_ = Tokenizer(models.BPE())
     bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bytes_.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<|endoftext|>", "<|im_end|>", *TINY[family].special], show_progress=False,
-                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
+    bytes_.train_from_iterator(
+        [],
+        trainers.BpeTrainer(
+            special_tokens=["<|endoftext|>", "<|im_end|>", *TINY[family].special],
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
 
 
 def processor(family):
     tiny = TINY[family]
-    template = ("{%- for m in messages %}{%- for c in m.content %}{{- '" + tiny.see + "' if c.type == 'image' else c.text }}{%- endfor %}"
-                "{{- '<|im_end|>' if m.role == 'assistant' else ':' }}{%- endfor %}")
-    return family_class(family).processor_class(tiny.image_processor, tokenizer(family), chat_template=template, **tiny.processing)
+    template = (
+        "{%- for m in messages %}{%- for c in m.content %}{{- '"
+        + tiny.see
+        + "' if c.type == 'image' else c.text }}{%- endfor %}"
+        "{{- '<|im_end|>' if m.role == 'assistant' else ':' }}{%- endfor %}"
+    )
+    return family_class(family).processor_class(
+        tiny.image_processor, tokenizer(family), chat_template=template, **tiny.processing
+    )
 
 
 def config(family, layers=4):
     tiny, tokens = TINY[family], tokenizer(family)
-    text = TEXT | tiny.text | dict(num_hidden_layers=layers, pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id)
-    return AutoConfig.for_model(family, text_config=text, vision_config=tiny.vision, image_token_id=tokens.convert_tokens_to_ids(tiny.special[0]), **tiny.config)
+    text = (
+        TEXT
+        | tiny.text
+        | dict(num_hidden_layers=layers, pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id)
+    )
+    return AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config=tiny.vision,
+        image_token_id=tokens.convert_tokens_to_ids(tiny.special[0]),
+        **tiny.config,
+    )
 
 
 def teacher(family, layers=4, seed=0):
@@ -78,7 +165,8 @@ def teacher(family, layers=4, seed=0):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config(family, layers)).eval()
         with torch.no_grad():
-            for p in model.parameters(): p += 0.1 * torch.randn_like(p)
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p)
     return model
 
 
@@ -90,10 +178,22 @@ def page(width, height, seed=0):
 def samples(family):
     "(text, images): no image, one, two of different sizes, one more."
     see = TINY[family].see
-    return [("what is a total?", []), (see + "read it", [page(48, 64)]),
-            (see + "or" + see + "?", [page(96, 32, 1), page(48, 64, 2)]), (see, [page(64, 64, 3)])]
+    return [
+        ("what is a total?", []),
+        (see + "read it", [page(48, 64)]),
+        (see + "or" + see + "?", [page(96, 32, 1), page(48, 64, 2)]),
+        (see, [page(64, 64, 3)]),
+    ]
 
 
 def batch_of(samples, processor, side="left"):
     images = [image for _, images in samples for image in images]
-    return dict(processor(text=[text for text, _ in samples], images=images or None, return_tensors="pt", padding=True, padding_side=side))
+    return dict(
+        processor(
+            text=[text for text, _ in samples],
+            images=images or None,
+            return_tensors="pt",
+            padding=True,
+            padding_side=side,
+        )
+    )
