@@ -315,7 +315,7 @@ def without_image_token(folder, name):
             lambda folder, _: put(folder / "config.json", "text_config.vocab_size", 250),
         ),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else "",
 )
 def test_load_teacher_names_what_is_wrong(folder, name, match, fault):
     fault(folder, name)
