@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 
 from heed_nb.batch import run_notebook
+from heed_nb.cached_weights import build_density_cache, build_gradient_cache
 from heed_nb.conditions import get_condition, load_scale
 from heed_nb.data import collate
 from heed_nb.hybrid import to_hybrid
 from heed_nb.results import AVERAGES, TITLES, markdown_table, read_run, root, run_name
+from heed_nb.streams import replaced_indices
 from heed_nb.teachers import load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.trainer import batch_indices, build_density_cache, build_gradient_cache, replaced_indices
+from heed_nb.trainer import batch_indices
 
 ROWS = ("fine_grained", "reasoning")
 

@@ -16,21 +16,15 @@ from pathlib import Path
 
 import torch
 
+from heed_nb.cached_weights import build_density_cache, build_gradient_cache, cached_values, with_cache_keys
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
 from heed_nb.hybrid import mixer_parameters, pair_with_teacher, to_hybrid
 from heed_nb.results import root
+from heed_nb.streams import replaced_indices
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.trainer import (
-    Phases,
-    build_density_cache,
-    build_gradient_cache,
-    cached_values,
-    replaced_indices,
-    step_loss,
-    with_cache_keys,
-)
+from heed_nb.trainer import Phases, step_loss
 
 WARM_UP = 3  # batches that are not counted
 

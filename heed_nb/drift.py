@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .losses import answer_risk, predicts_answer, record_outputs
 from .teachers import LanguageInputs, family_of
-from .trainer import attention_inputs, attention_matrix, replaced_indices, teacher_sensitivity
+from .streams import attention_inputs, attention_matrix, replaced_indices, teacher_sensitivity
 
 # %% ../nbs/52_drift.ipynb #c007
 def attention_concentration(

@@ -35,7 +35,7 @@ from heed_nb.drift import (
     token_table,
 )
 from .sensitivity import density_correlations, layer_correlations
-from .trainer import replaced_indices
+from .streams import replaced_indices
 
 # %% ../nbs/54_regression.ipynb #c005
 DRAWS = 1000

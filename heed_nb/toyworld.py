@@ -39,7 +39,8 @@ from .files import TEMPORARY, locked, save_parts
 from .losses import record_inputs, record_outputs
 from .minicpm import MiniCPMVImageProcessor
 from .teachers import Family, family_class, family_of, load_teacher
-from .trainer import check_launch, drop_newer, load_checkpoint, save_checkpoint
+from .checkpoints import drop_newer, load_checkpoint, save_checkpoint
+from .trainer import check_launch
 
 # %% ../nbs/42_toyworld.ipynb #c005
 SIDE, PATCH = 96, 8  # pixels: 12 x 12 patches, 6 x 6 visual tokens

@@ -4,16 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'RANKS', 'check_trainable', 'stage_ends', 'stage_at', 'learning_rate', 'epoch_order', 'batch_indices',
-           'Failed', 'one_line', 'sample_name', 'portable', 'Batches', 'random_scores', 'shuffled_weights',
-           'mask_weights', 'variant_of', 'alignment_weights', 'density_identity', 'described', 'config_identity',
-           'processor_identity', 'gradient_identity', 'sample_densities', 'check_processes', 'build_density_cache',
-           'teacher_sensitivity', 'sample_sensitivities', 'token_keys', 'build_gradient_cache', 'keys_of_collated',
-           'with_cache_keys', 'cached_values', 'open_cache', 'Reached', 'stopping_after', 'replaced_indices',
-           'replaced_layers', 'aligned_outputs', 'forced', 'attention_inputs', 'attention_matrix', 'orientation_loss',
-           'optimizer_of', 'fingerprint', 'checkpoints', 'discard', 'last_good', 'save_checkpoint', 'read_checkpoint',
-           'load_checkpoint', 'drop_newer', 'rewind_log', 'save_student', 'Phases', 'BadBatch', 'blaming_the_batch',
-           'step_loss', 'check_same_run', 'OutOfTime', 'check_launch', 'distill', 'as_it_is', 'next_batch',
-           'check_skipped', 'averaged', 'train']
+           'Failed', 'one_line', 'sample_name', 'portable', 'Batches', 'alignment_weights', 'optimizer_of', 'Phases',
+           'BadBatch', 'blaming_the_batch', 'step_loss', 'check_same_run', 'OutOfTime', 'check_launch', 'distill',
+           'as_it_is', 'next_batch', 'check_skipped', 'averaged', 'train']
 
 # %% ../nbs/36_trainer.ipynb #c002
 import itertools
@@ -21,13 +14,10 @@ import json
 import math
 import os
 import pickle
-import shutil
-import sys
 import time
 import traceback
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -39,32 +29,40 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
+from .cached_weights import cached_values, open_cache, with_cache_keys
+from heed_nb.checkpoints import (
+    checkpoints,
+    drop_newer,
+    fingerprint,
+    last_good,
+    load_checkpoint,
+    rewind_log,
+    save_checkpoint,
+    save_student,
+)
 from .conditions import CONDITIONS, SPEED_ONLY, Condition, TrainSettings
 from .density import position_weights
-from .density_cache import DensityCache, build, density_key, image_keys
-from .files import TEMPORARY, clear, locked, save_parts, scratch, settle, sync, write_file
-from .sensitivity import compress, expand, gradient_weights, residual_sensitivity
+from .density_cache import DensityCache
+from .files import locked, sync
+from .sensitivity import expand, gradient_weights, residual_sensitivity
 from .hybrid import mixer_parameters, pair_with_teacher, teacher_path, transferred_parameters, unpair
-from heed_nb.losses import (
-    answer_risk,
-    kd_terms,
-    matrix_orientation,
-    next_is_text,
-    record_inputs,
-    record_outputs,
-    residual_alignment,
-)
+from .losses import answer_risk, kd_terms, next_is_text, record_inputs, residual_alignment
 from .samples import samples_of
+from heed_nb.streams import (
+    aligned_outputs,
+    attention_inputs,
+    forced,
+    orientation_loss,
+    replaced_indices,
+    replaced_layers,
+)
 from .teachers import Family, LanguageInputs, family_of
+from .weights import mask_weights, random_scores, shuffled_weights, variant_of
 
 # %% ../nbs/36_trainer.ipynb #c005
 def check_trainable(condition: Condition) -> None:
@@ -221,61 +219,6 @@ class Batches(Dataset):
         return failed
 
 # %% ../nbs/36_trainer.ipynb #c014
-def random_scores(
-    visual_mask: Tensor,  # [B, T] bool
-    keys: list[str],  # of the samples
-    seed: int,  # of the run
-) -> Tensor:  # [B, T], 0 at text
-    "A random number in 0..1 for each visual position: each sample has its own in a run, the same in every epoch."
-    scores = torch.zeros(visual_mask.shape)
-    for row, visual, key in zip(scores, visual_mask.cpu(), keys):
-        row[visual] = torch.from_numpy(
-            np.random.default_rng([seed, zlib.crc32(key.encode())]).random(int(visual.sum()), np.float32)
-        )
-    return scores.to(visual_mask.device)
-
-
-def shuffled_weights(
-    weights: Tensor,  # [B, T]
-    visual_mask: Tensor,  # [B, T] bool
-    scores: Tensor,  # [B, T], whose order is the new one
-) -> Tensor:  # [B, T]
-    "The weights with each sample's visual ones permuted: the control `C4-shuffled`."
-    weights = weights.clone()
-    for row, visual, score in zip(weights, visual_mask, scores):
-        row[visual] = row[visual][score[visual].argsort()]
-    return weights
-
-
-def mask_weights(
-    scores: Tensor,  # [B, T]: the highest are weighed more
-    visual_mask: Tensor,  # [B, T] bool
-    attention_mask: Tensor,  # [B, T], 0 at padding
-    share: float,  # of each sample's visual positions
-    *,
-    boost: float = 5.0,  # their weight over the others'
-) -> Tensor:  # [B, T], 0 at padding, each row sums to its unpadded length
-    "The binary masks of App. A.8."
-    present = attention_mask.float()
-    weights = present.clone()
-    for row, visual, score in zip(weights, visual_mask, scores):
-        places = visual.nonzero().squeeze(-1)
-        row[places[score[places].topk(round(share * len(places))).indices]] = boost
-    return weights * present.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp(min=1)
-
-
-def variant_of(
-    kind: str,  # gradient weights of heed_nb.conditions.WEIGHTS
-    sensitivity: Tensor,  # [layers, B, T]
-) -> Tensor:  # [B, T], or [layers, B, T] for +LD
-    "What the weights are made of: Eq. 7's sum, each layer for itself, or the middle layer."
-    return {
-        "gradient": sensitivity.sum(0),
-        "layer_gradient": sensitivity,
-        "single_layer_gradient": sensitivity[len(sensitivity) // 2],
-    }[kind]
-
-
 def alignment_weights(
     condition: Condition,
     settings: TrainSettings,
@@ -312,378 +255,6 @@ def alignment_weights(
     )
     return shuffled_weights(weights, visual, scores) if kind == "shuffled" else weights
 
-# %% ../nbs/36_trainer.ipynb #c018
-def density_identity(
-    model: nn.Module,  # a teacher or its student
-    processor,  # of the teacher
-    settings: TrainSettings,
-) -> dict[str, str]:
-    "What a sample's density depends on beside its images: the identity of a density cache."
-    family, images = family_of(model), processor.image_processor
-    decoder = {id(p) for part in (family.decoder(model), family.lm_head(model)) for p in part.parameters()}
-    tower = fingerprint({name: p for name, p in model.named_parameters() if id(p) not in decoder})
-    return (
-        {"content": "density", "tower": tower, "reduce": settings.reduce, "radius": "1"}
-        | config_identity(model, "vision_config")
-        | processor_identity(images)
-    )
-
-
-def described(name: str, settings: dict) -> dict[str, str]:
-    "Settings as an identity holds them."
-    return {f"{name}.{key}": json.dumps(value, sort_keys=True, default=str) for key, value in settings.items()}
-
-
-def config_identity(
-    model: nn.Module,
-    *parts: str,  # of its config, beside what it says of the whole
-) -> dict[str, str]:
-    "How the weights are used: all that these parts say but where the model comes from, its type, its precision and what it returns."
-    found, left_out = {}, {*PreTrainedConfig().to_dict(), "use_cache", *model.config.sub_configs}
-    for name, config in (("config", model.config), *((part, getattr(model.config, part)) for part in parts)):
-        found |= described(name, {key: value for key, value in config.to_dict().items() if key not in left_out})
-    return found
-
-
-def processor_identity(
-    images,  # a processor of images
-) -> dict[str, str]:
-    "Its class and settings."
-    return {"processor": type(images).__name__} | described("processor", images.to_dict())
-
-
-def gradient_identity(
-    teacher: nn.Module,
-    processor,  # of the teacher
-    condition: Condition,  # with gradient weights
-    layers: Sequence[int],  # the aligned ones
-) -> dict[str, str]:
-    "What a sample's gradient weights depend on beside its images, tokens and labels: the identity of a gradient cache."
-    found = {
-        "content": condition.weights,
-        "layers": json.dumps(list(layers)),
-        "teacher": fingerprint(dict(teacher.named_parameters())),
-    }
-    return (
-        found | config_identity(teacher, "vision_config", "text_config") | processor_identity(processor.image_processor)
-    )
-
-
-def sample_densities(
-    model: nn.Module,  # a teacher or its student
-    collate: Callable,  # samples -> batch
-    settings: TrainSettings,
-    samples: list,
-) -> list[Tensor]:  # [visual tokens] each
-    "The density of each sample's visual tokens."
-    family, batch = (
-        family_of(model),
-        {k: v.to(model.device) for k, v in collate(samples).items() if isinstance(v, Tensor)},
-    )
-    with torch.no_grad():
-        inputs = family.language_inputs(model, batch)
-    return [
-        rho[visual].cpu() for rho, visual in zip(family.density(inputs, reduce=settings.reduce), inputs.visual_mask)
-    ]
-
-
-def check_processes(model: nn.Module, options: dict) -> None:
-    "Raises ValueError where processes are asked for that would share a GPU's model."
-    if options.get("processes") and model.device.type != "cpu":
-        raise ValueError(
-            f"processes is {options['processes']} and the model on {model.device}; several processes compute on a CPU alone"
-        )
-
-
-def build_density_cache(
-    path: str | Path,
-    teacher: nn.Module,
-    dataset,  # map-style; samples with `key` and `images`
-    collate: Callable,  # samples -> batch
-    processor,  # of the teacher
-    settings: TrainSettings,
-    **options,  # indices, processes, batch_size, progress: see `heed_nb.density_cache.build`
-) -> DensityCache:
-    "The cache that runs with these settings can read, built or completed. Raises what `build` raises, ValueError on processes beside a model on a GPU."
-    check_processes(teacher, options)
-    return build(
-        path,
-        dataset,
-        partial(sample_densities, teacher, collate, settings),
-        density_identity(teacher, processor, settings),
-        **options,
-    )
-
-
-def teacher_sensitivity(
-    teacher: nn.Module,
-    inputs: LanguageInputs,
-    labels: Tensor,  # [B, T], -100 except at answer tokens
-    layers: Sequence[int],
-) -> Tensor:  # [layers, B, T] float32
-    "The squared gradient norms of Eq. 7 at these layers, 0 at padding."
-    family = family_of(teacher)
-    risk = lambda: answer_risk(
-        family.decoder(teacher)(**inputs.kwargs).last_hidden_state, family.lm_head(teacher), labels
-    )
-    return residual_sensitivity([family.layers(teacher)[i] for i in layers], risk)[1]
-
-
-def sample_sensitivities(
-    teacher: nn.Module,
-    collate: Callable,  # samples -> batch
-    condition: Condition,  # with gradient weights
-    layers: Sequence[int],  # the aligned ones
-    samples: list,
-) -> list[Tensor]:  # [positions] each, +LD: [layers positions]
-    "What a gradient cache keeps of each sample's unpadded positions, layer after layer for +LD."
-    batch = {k: v.to(teacher.device) for k, v in collate(samples).items() if isinstance(v, Tensor)}
-    with torch.no_grad():
-        inputs = family_of(teacher).language_inputs(teacher, batch)
-    found = variant_of(condition.weights, teacher_sensitivity(teacher, inputs, batch["labels"], layers))
-    return [
-        compress(found[..., i, present]).flatten().cpu() for i, present in enumerate(batch["attention_mask"].bool())
-    ]
-
-
-def token_keys(
-    batch: dict,  # of `samples`
-    samples: list,  # with `images`
-    identity: dict[str, str],  # of the cache
-) -> list[str]:
-    "The keys under which a gradient cache holds these samples: their images, tokens and labels."
-    rows = zip(samples, batch["input_ids"], batch["labels"], batch["attention_mask"].bool())
-    return [
-        density_key(sample.images, identity, (ids[present], labels[present])) for sample, ids, labels, present in rows
-    ]
-
-
-def build_gradient_cache(
-    path: str | Path,
-    teacher: nn.Module,
-    dataset,  # map-style; samples with `key` and `images`
-    collate: Callable,  # samples -> batch
-    processor,  # of the teacher
-    condition: Condition,  # with gradient weights
-    layers: Sequence[int],  # the aligned ones, `replaced_indices` of the student
-    **options,  # indices, processes, batch_size, progress: see `heed_nb.density_cache.build`
-) -> DensityCache:
-    "The cache that runs of this condition can read, built or completed; any `temper` can be applied later. Raises what `build` raises, ValueError on other weights."
-    if "gradient" not in condition.weights:
-        raise ValueError(
-            f"condition {condition.name!r} has the weights {condition.weights!r}; a gradient cache is for gradient weights"
-        )
-    check_processes(teacher, options)
-    identity = gradient_identity(teacher, processor, condition, layers)
-    keys = partial(keys_of_collated, collate)
-    return build(
-        path,
-        dataset,
-        partial(sample_sensitivities, teacher, collate, condition, layers),
-        identity,
-        keys=keys,
-        **options,
-    )
-
-
-def keys_of_collated(collate: Callable, samples: list, identity: dict[str, str]) -> list[str]:
-    "`token_keys` of samples that are not collated yet."
-    return token_keys(collate(samples), samples, identity)
-
-
-def with_cache_keys(
-    collate: Callable,  # samples -> batch
-    identity: dict[str, str],  # of the cache
-    samples: list,  # with `images`
-) -> dict:  # the batch, with cache_keys
-    "A batch that says where the records of its samples stand."
-    batch = collate(samples)
-    return batch | {
-        "cache_keys": image_keys(samples, identity)
-        if identity["content"] == "density"
-        else token_keys(batch, samples, identity)
-    }
-
-
-def cached_values(
-    cache: DensityCache,
-    cache_keys: list[str],  # of the samples in the cache
-    keys: list[str],  # of the samples, for errors
-    layers: int | None,  # records hold so many values a position, layer after layer; None: one
-    where: Tensor,  # [B, T] bool: the positions that the records hold
-) -> Tensor:  # [B, T], or [layers, B, T]; 0 elsewhere
-    "What a cache holds of a batch. Raises ValueError naming the sample that the cache lacks, or whose record is of another length."
-    records = [torch.zeros(layers or 1, 0)]
-    for place, key, tokens in zip(cache_keys, keys, where.sum(-1).tolist()):
-        if not tokens:
-            continue
-        try:
-            record = cache[place]
-        except KeyError as error:
-            raise ValueError(f"sample {key!r} is not in the cache: {error}") from None
-        if len(record) != (layers or 1) * tokens:
-            raise ValueError(
-                f"sample {key!r} takes a record of {(layers or 1) * tokens} values, {place!r} in {cache.path} has {len(record)}"
-            )
-        records.append(record.view(-1, tokens))
-    values = torch.zeros(layers or 1, *where.shape, device=where.device)
-    values[:, where] = torch.cat(records, 1).to(where.device)
-    return values if layers else values[0]
-
-
-def open_cache(
-    student: nn.Module,
-    teacher: nn.Module,
-    condition: Condition,
-    settings: TrainSettings,
-    processor,  # of the teacher, or None
-) -> DensityCache | None:
-    "The cache that the settings name for the condition's weights; None if they name none, or its weights are not made from one. Raises ValueError on one of another kind, teacher or layers."
-    name = "gradient_cache" if "gradient" in condition.weights else "density_cache"
-    path = getattr(settings, name)
-    if not path or condition.weights not in (
-        "density",
-        "shuffled",
-        "gradient",
-        "layer_gradient",
-        "single_layer_gradient",
-    ):
-        return None
-    if processor is None:
-        raise ValueError(f"{name} is {path!r}; to check it, distill needs the teacher's processor")
-    if name == "density_cache":
-        return DensityCache(path, density_identity(teacher, processor, settings))
-    return DensityCache(path, gradient_identity(teacher, processor, condition, replaced_indices(student)))
-
-# %% ../nbs/36_trainer.ipynb #c021
-class Reached(Exception):
-    "The module that a pass was to end at has run."
-
-
-@contextmanager
-def stopping_after(module: nn.Module) -> Iterator[None]:
-    "Inside, a forward pass ends once `module` has run, and the block with it."
-
-    def stop(*_):
-        raise Reached
-
-    handle = module.register_forward_hook(stop)
-    try:
-        yield
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-
-
-def replaced_indices(model: nn.Module) -> list[int]:
-    "Indices of the layers with a mixer in their attention's place."
-    return [
-        i
-        for i, kind in enumerate(getattr(model.config.get_text_config(), "layer_types", None) or ())
-        if kind == "linear_attention"
-    ]
-
-
-def replaced_layers(student: nn.Module, family: Family) -> list[nn.Module]:
-    "The decoder layers whose attention is a mixer now."
-    return [family.layers(student)[i] for i in replaced_indices(student)]
-
-
-def aligned_outputs(
-    decoder: nn.Module,
-    inputs: LanguageInputs,
-    layers: list[nn.Module],  # the replaced ones
-    alignment: str,  # "residual", "attention_output" or "head_output"
-) -> list[Tensor]:  # one [B, T, D] a layer
-    "What the layers, the blocks in their attention's place, or those blocks' heads put out on the path that is on."
-    blocks = [layer.self_attn for layer in layers]
-    modules, record = {
-        "residual": (layers, record_outputs),
-        "attention_output": (blocks, record_outputs),
-        "head_output": ([block.o_proj for block in blocks], record_inputs),
-    }[alignment]
-    with record(modules) as found, stopping_after(modules[-1]):
-        decoder(**inputs.kwargs)
-    return found
-
-
-@contextmanager
-def forced(
-    layers: list[nn.Module],
-    inputs: list[Tensor],  # one [B, T, D] a layer
-) -> Iterator[None]:
-    "Inside, each layer reads what is given here in place of the stream that reaches it."
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, given=given: (given.detach(), *args[1:]))
-        for layer, given in zip(layers, inputs)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-# %% ../nbs/36_trainer.ipynb #c023
-def attention_inputs(
-    decoder: nn.Module,
-    inputs: LanguageInputs,
-    layers: list[nn.Module],  # the replaced ones
-) -> list[dict]:  # one a layer
-    "The keyword arguments that the layers give to what is in their attention's place on the path that is on."
-    given = [{} for _ in layers]
-    handles = [
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs, kept=kept: kept.update(kwargs), with_kwargs=True
-        )
-        for layer, kept in zip(layers, given)
-    ]
-    try:
-        with stopping_after(layers[-1].self_attn):
-            decoder(**inputs.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return given
-
-
-def attention_matrix(
-    attention: nn.Module,  # a teacher's
-    given: dict,  # what its layer gives it
-    attention_mask: Tensor,  # [B, T], 0 at padding
-) -> Tensor:  # [B, H, T, T]
-    "The weights with which each position reads the ones before it."
-    hidden, config = given["hidden_states"], attention.config
-    causal = torch.ones(2 * hidden.shape[1:2], dtype=torch.bool, device=hidden.device).tril()
-    seen = attention_mask.bool()[:, None, None] & causal  # [B, 1, T, T]
-    mask = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
-    implementation = config._attn_implementation
-    try:
-        config._attn_implementation = "eager"
-        return attention(**given | {"attention_mask": mask})[1]
-    finally:
-        config._attn_implementation = implementation
-
-
-def orientation_loss(
-    layers: list[nn.Module],  # the replaced ones, each with its mixer and its teacher's attention
-    given: list[dict],  # what the teacher's layers give their attention
-    attention_mask: Tensor,  # [B, T], 0 at padding
-) -> Tensor:  # scalar
-    """The distance between the mixers' matrices and the teacher's, mean over layers.
-
-    Matrices are held for one layer at a time and made again for the backward pass. At T = 2,048 and 64 channels a head, the step
-    was measured to hold as much as 13 matrices [B, H, T, T] in float32 with Mamba-2 and 39 with Gated DeltaNet."""
-
-    def distance(layer, given):
-        with torch.no_grad():
-            target = attention_matrix(layer.teacher_attn, given, attention_mask)
-        return matrix_orientation(
-            layer.self_attn.mixing_matrix(given["hidden_states"], attention_mask), target, attention_mask
-        )
-
-    return sum(recomputed(distance, *pair, use_reentrant=False) for pair in zip(layers, given)) / len(layers)
-
 # %% ../nbs/36_trainer.ipynb #c025
 def optimizer_of(parameters: dict[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
     "AdamW over the mixers."
@@ -692,127 +263,6 @@ def optimizer_of(parameters: dict[str, nn.Parameter], settings: TrainSettings) -
         {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-
-# %% ../nbs/36_trainer.ipynb #c028
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    "A checksum over names, types, shapes and bits."
-    crc = 0
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    "The checkpoints of a run, newest first."
-    return sorted((folder / "checkpoint").glob("step-*.safetensors"), reverse=True)
-
-
-def discard(path: Path) -> None:
-    "Removes a checkpoint, whatever stands in its place."
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def last_good(folder: Path) -> str:
-    "Which checkpoint stands, in words."
-    found = checkpoints(folder)
-    return f"last good checkpoint: {found[0]}" if found else "no checkpoint was written yet"
-
-
-def save_checkpoint(
-    folder: Path,  # of the run, whose lock is held
-    tensors: dict[str, Tensor],
-    state: dict,  # JSON, with the "step"
-) -> Path:
-    "Writes a checkpoint beside the earlier ones, whole or not at all, and drops all but the last two. Raises OSError if the disk is full."
-    path, state = folder / "checkpoint" / f"step-{state['step']:08d}.safetensors", json.dumps(state)
-    checksum = f"{fingerprint(tensors)} {zlib.crc32(state.encode()):08x}"
-    try:
-        with scratch(path) as temporary:
-            save_file(tensors, temporary / path.name, metadata={"state": state, "checksum": checksum})
-            settle(temporary)
-            (temporary / path.name).rename(path)
-            sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"can't write {path} ({error}); {last_good(folder)}") from None
-    for old in checkpoints(folder)[2:]:
-        discard(old)
-    return path
-
-# %% ../nbs/36_trainer.ipynb #c047
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
-    "A checkpoint's tensors and state. Raises ValueError if they are not what was written, other errors if it can't be read."
-    with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    if metadata.keys() != {"state", "checksum"}:
-        raise ValueError("no checksum")
-    if metadata["checksum"] != f"{fingerprint(tensors)} {zlib.crc32(metadata['state'].encode()):08x}":
-        raise ValueError("another checksum than was written")
-    return tensors, json.loads(metadata["state"])
-
-
-def load_checkpoint(
-    folder: Path,  # of the run
-) -> tuple[dict[str, Tensor], dict] | None:
-    "Tensors and state of the newest checkpoint that is whole; None if there is no checkpoint. Raises ValueError if none is."
-    found = checkpoints(folder)
-    for path, older in zip(found, [*found[1:], None]):
-        try:
-            return read_checkpoint(path)
-        except Exception as error:  # a flipped bit can make safetensors, torch and json fail in any way
-            reason = f"{path} is damaged ({one_line(error)})"
-        if older:
-            print(f"{reason}; going back to {older.name}", file=sys.stderr)
-    if found:
-        raise ValueError(f"{reason}, and no other is whole; remove {folder / 'checkpoint'} to begin again")
-    return None
-
-
-def drop_newer(
-    folder: Path,  # of the run, whose lock is held
-    step: int,  # of the checkpoint that was read
-) -> None:
-    "Removes newer checkpoints, which are damaged, and what a killed run left of one."
-    clear(folder / "checkpoint")
-    for path in checkpoints(folder):
-        if path.stem > f"step-{step:08d}":
-            discard(path)
-
-
-def rewind_log(
-    path: Path,
-    step: int,  # of the checkpoint
-) -> None:
-    "Drops the lines after `step`, and a torn one. Raises ValueError on an earlier line that is not its step's."
-    lines = path.read_bytes().splitlines(keepends=True)[:step] if path.exists() else []
-    for number in range(1, step + 1):
-        try:
-            whole = json.loads(lines[number - 1])["step"] == number
-        except (IndexError, KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise ValueError(
-                f"line {number} of {path} is not that of step {number}; mend it, or remove {path.parent} to begin again"
-            )
-    write_file(path, b"".join(lines))
-
-# %% ../nbs/36_trainer.ipynb #c048
-def save_student(
-    student: nn.Module,
-    processor,  # or None
-    folder: Path,  # of the run, whose lock is held
-) -> Path:
-    "Writes `folder`/student, whole or not at all."
-    path, new, old = folder / "student", folder / f".student{TEMPORARY}", folder / f".student.old{TEMPORARY}"
-    try:
-        save_parts(new, student, *([] if processor is None else [processor]))
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"can't write {path} ({error}); {last_good(folder)}") from None
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-    return path
 
 # %% ../nbs/36_trainer.ipynb #c031
 class Phases:

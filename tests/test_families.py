@@ -32,7 +32,8 @@ from heed_nb.hybrid import (
 from heed_nb.losses import record_outputs
 from heed_nb.mixers import MIXERS
 from heed_nb.teachers import family_class, family_of, load_teacher, paper_config
-from heed_nb.trainer import Phases, aligned_outputs, replaced_layers, step_loss
+from heed_nb.streams import aligned_outputs, replaced_layers
+from heed_nb.trainer import Phases, step_loss
 
 FAMILIES = list(tiny.TINY)
 CASES = [(family, mixer, "paper") for family in FAMILIES for mixer in MIXERS] + [

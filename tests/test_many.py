@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 from huggingface_hub import try_to_load_from_cache
 
-from heed_nb import trainer
+from heed_nb import checkpoints, trainer
 from heed_nb.batch import alone, remove_runs, run_notebook, teacher_lacks
 from heed_nb.conditions import load_scale
 from heed_nb.files import write_file
@@ -239,7 +239,7 @@ def test_stopped_resumed_and_skipped_it_has_papermills_numbers(copy, tmp_path, m
         slow.setattr(trainer, "learning_rate", lambda *given: clock.append(clock.pop() + 120) or rate(*given))
         states, began = many(minutes=1, teachers=["outputs/teachers/toy-qwen3vl"], evaluate=False)
     assert (states, began) == ({"C0": "to evaluate", "C4-seed0-budget3000": "begun"}, ["C4-seed0-budget3000"])
-    assert trainer.load_checkpoint(copy / C4)[1]["step"] == 1 and not (copy / C4 / "student").exists()
+    assert checkpoints.load_checkpoint(copy / C4)[1]["step"] == 1 and not (copy / C4 / "student").exists()
     assert "OutOfTime" in (copy / C4 / "distill.ipynb").read_text()
 
     states, began = many()

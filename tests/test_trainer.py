@@ -27,7 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tiny
-from heed_nb import files, trainer
+from heed_nb import cached_weights, files, losses, streams, trainer, weights
+from heed_nb import checkpoints as checkpointing
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.density import position_weights
 from heed_nb.hybrid import mixer_parameters, pair_with_teacher, teacher_path, to_hybrid, transferred_parameters
@@ -332,10 +333,10 @@ def test_the_matrix_of_each_familys_attention(family):
     model, batch = tiny.teacher(family), tiny.batch_of(tiny.samples(family)[:2], tiny.processor(family))
     student = pair_with_teacher(to_hybrid(model), model)
     kind, mask = family_of(student), batch["attention_mask"]
-    layers = trainer.replaced_layers(student, kind)
+    layers = streams.replaced_layers(student, kind)
     with teacher_path(student):
-        given = trainer.attention_inputs(kind.decoder(student), kind.language_inputs(student, batch), layers)
-    matrices = [trainer.attention_matrix(layer.teacher_attn, g, mask) for layer, g in zip(layers, given)]
+        given = streams.attention_inputs(kind.decoder(student), kind.language_inputs(student, batch), layers)
+    matrices = [streams.attention_matrix(layer.teacher_attn, g, mask) for layer, g in zip(layers, given)]
     assert layers[0].teacher_attn.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     expected = model(**batch, output_attentions=True).attentions[:3]
@@ -346,7 +347,7 @@ def test_the_matrix_of_each_familys_attention(family):
             torch.testing.assert_close(ours[b][:, real[b]][..., real[b]], theirs[b][:, real[b]][..., real[b]])
     for layer, matrix in zip(layers, matrices):
         layer.self_attn.mixing_matrix = lambda *_, matrix=matrix: matrix
-    assert trainer.orientation_loss(layers, given, mask) == 0
+    assert streams.orientation_loss(layers, given, mask) == 0
 
 
 def test_conditions_differ_in_the_alignment_stages(tmp_path, whole):
@@ -395,7 +396,7 @@ def paired(family):
     teacher, batch = tiny.teacher(family), tiny.batch_of(tiny.samples(family), tiny.processor(family))
     model = pair_with_teacher(to_hybrid(teacher), teacher)
     kind = family_of(model)
-    return model, kind, trainer.replaced_layers(model, kind), batch, kind.language_inputs(model, batch)
+    return model, kind, streams.replaced_layers(model, kind), batch, kind.language_inputs(model, batch)
 
 
 @pytest.mark.parametrize("family", tiny.TINY)
@@ -424,7 +425,7 @@ def test_gradient_weights_of_a_step_are_eq_7(family):
             )
             seen[condition] = seen.pop("target"), seen.pop("weights")
     teacher = tiny.teacher(family)
-    with trainer.record_outputs(kind.layers(teacher)[:3]) as outputs:
+    with losses.record_outputs(kind.layers(teacher)[:3]) as outputs:
         hidden = kind.decoder(teacher)(**kind.language_inputs(teacher, batch).kwargs).last_hidden_state
     logits = kind.lm_head(teacher)(hidden)[:, :-1]
     risk = sum(torch.nn.functional.cross_entropy(rows, labels) for rows, labels in zip(logits, batch["labels"][:, 1:]))
@@ -475,22 +476,22 @@ def test_a_forced_student_reads_the_teachers_stream_in_each_layer(family, alignm
         layer.register_forward_pre_hook(lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
         for layer in layers
     ]
-    with teacher_path(model), trainer.record_inputs(layers) as stream:
-        trainer.aligned_outputs(decoder, inputs, layers, "residual")
+    with teacher_path(model), losses.record_inputs(layers) as stream:
+        streams.aligned_outputs(decoder, inputs, layers, "residual")
     for hook in hooks:
         hook.remove()
-    with trainer.forced(layers, stream):
-        found = trainer.aligned_outputs(decoder, inputs, layers, alignment)
+    with streams.forced(layers, stream):
+        found = streams.aligned_outputs(decoder, inputs, layers, alignment)
     types, real = model.config.get_text_config().layer_types, batch["attention_mask"].bool()
     for layer, (args, kwargs), ours in zip(layers, given, found):
         block = layer.self_attn
         module = {"residual": layer, "attention_output": block, "head_output": block.o_proj}[alignment]
-        read = trainer.record_inputs if alignment == "head_output" else trainer.record_outputs
+        read = losses.record_inputs if alignment == "head_output" else losses.record_outputs
         with read([module]) as expected:
             layer(*args, **kwargs | {"linear_attention_mask": batch["attention_mask"]})
         torch.testing.assert_close(ours[real], expected[0][real])
     assert types[:3] == ["linear_attention"] * 3
-    free = trainer.aligned_outputs(decoder, inputs, layers, alignment)
+    free = streams.aligned_outputs(decoder, inputs, layers, alignment)
     torch.testing.assert_close(free[0], found[0])
     assert not torch.allclose(free[2][real], found[2][real], rtol=1e-2)
 
@@ -498,12 +499,12 @@ def test_a_forced_student_reads_the_teachers_stream_in_each_layer(family, alignm
 def test_random_masks_and_shuffles_are_of_the_run_and_the_sample():
     visual = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 0], [1] * 8 + [0, 0]], dtype=torch.bool)
     mask = torch.tensor([[1] * 10, [1] * 9 + [0]])
-    scores = trainer.random_scores(visual, ["a", "a"], 0)
+    scores = weights.random_scores(visual, ["a", "a"], 0)
     assert scores[0, visual[0]].equal(scores[1, visual[1]]) and scores[~visual].abs().max() == 0
-    for other in (trainer.random_scores(visual, ["b", "c"], 0), trainer.random_scores(visual, ["a", "a"], 1)):
+    for other in (weights.random_scores(visual, ["b", "c"], 0), weights.random_scores(visual, ["a", "a"], 1)):
         assert not other[visual].equal(scores[visual])
     for share, chosen in ((0.1, 1), (0.25, 2), (0.5, 4), (1.0, 8)):
-        weights = trainer.mask_weights(scores, visual, mask, share)
+        weights = weights.mask_weights(scores, visual, mask, share)
         torch.testing.assert_close(weights.sum(-1), mask.sum(-1).float())
         assert weights[1, 9] == 0
         for row, present, ranked in zip(weights, mask.bool(), scores):
@@ -520,7 +521,7 @@ def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
         ):
             run(tmp_path, deadline=time.time())
         assert (
-            trainer.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
+            checkpointing.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
             and not (tmp_path / "student").exists()
         )
     run(tmp_path, deadline=float("inf"))
@@ -554,7 +555,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, whole, pr
 
 
 def die_in_the_second_checkpoint():
-    save = trainer.save_file
+    save = checkpointing.save_file
 
     def torn(tensors, path, metadata):
         save(tensors, path, metadata)
@@ -562,7 +563,7 @@ def die_in_the_second_checkpoint():
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.save_file = torn
+    checkpointing.save_file = torn
 
 
 def die_before_the_student_is_in_place():
@@ -584,7 +585,7 @@ def test_killed_while_it_writes_it_ends_with_the_same_bits(tmp_path, whole, proc
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "student").exists()
-    found = trainer.load_checkpoint(tmp_path)[1]["step"]
+    found = checkpointing.load_checkpoint(tmp_path)[1]["step"]
     assert found == (resumes_at or whole[1]["steps"])
     run(tmp_path)
     assert_same_run(tmp_path, whole[0])
@@ -605,7 +606,7 @@ def two_checkpoints(folder):
             "seen": torch.tensor([True, False]),
         }
         saved[step] = tensors, {"step": step, "run": {"name": "Zoë", "list": [1.5, None, True]}}
-        trainer.save_checkpoint(folder, *saved[step])
+        checkpointing.save_checkpoint(folder, *saved[step])
 
     def known(found):
         tensors, state = saved[found[1]["step"]]
@@ -641,7 +642,7 @@ def test_a_checkpoint_that_changed_is_noticed_or_has_its_content(tmp_path, capsy
             for at, byte in one.items():
                 data[at] = byte
         newest.write_bytes(data)
-        found = trainer.load_checkpoint(tmp_path)
+        found = checkpointing.load_checkpoint(tmp_path)
         assert known(found)
         noticed += found[1]["step"] == 1
         said = capsys.readouterr().err
@@ -812,11 +813,14 @@ def test_a_fingerprint_sees_every_bit():
         2 * torch.ones(4, 6),
         torch.zeros(4, 6),
     ]
-    assert len({trainer.fingerprint({"a": x}) for x in tensors} | {trainer.fingerprint({"b": t})}) == len(tensors) + 1
     assert (
-        trainer.fingerprint({"a": t, "b": -t})
-        == trainer.fingerprint({"b": -t, "a": t.T.contiguous().T})
-        != trainer.fingerprint({"a": -t, "b": t})
+        len({checkpointing.fingerprint({"a": x}) for x in tensors} | {checkpointing.fingerprint({"b": t})})
+        == len(tensors) + 1
+    )
+    assert (
+        checkpointing.fingerprint({"a": t, "b": -t})
+        == checkpointing.fingerprint({"b": -t, "a": t.T.contiguous().T})
+        != checkpointing.fingerprint({"a": -t, "b": t})
     )
 
 
@@ -824,8 +828,8 @@ def test_processes_do_not_share_a_model_on_a_gpu():
     with torch.device("meta"):
         model = tiny_teacher()
     for build in (
-        trainer.build_density_cache,
-        partial(trainer.build_gradient_cache, condition=CONDITIONS["C5"], layers=[0]),
+        cached_weights.build_density_cache,
+        partial(cached_weights.build_gradient_cache, condition=CONDITIONS["C5"], layers=[0]),
     ):
         with pytest.raises(
             ValueError, match="^processes is 2 and the model on meta; several processes compute on a CPU alone$"
