@@ -412,7 +412,7 @@ class TrainSettings:
     reduce: str = "mean"  # patches to tokens: "mean" or "max"
     temper: float = 1.0  # exponent of C5's gradient weights: 1 is Eq. 7, 0 uniform
     density_cache: str | None = (
-        None  # a file of heed_nb.density_cache to read density from; None: it is computed at each step
+        None  # a file of heed_nb.weight_cache to read density from; None: it is computed at each step
     )
     gradient_cache: str | None = None  # the same for the sensitivities of C5, +LD or +SL
     kl_weight: float = 1.0  # Eq. 1

@@ -47,7 +47,7 @@ from heed_nb.checkpoints import (
 )
 from .conditions import CONDITIONS, SPEED_ONLY, Condition, TrainSettings
 from .density import position_weights
-from .density_cache import DensityCache
+from .weight_cache import WeightCache
 from .files import locked, sync
 from .sensitivity import expand, gradient_weights, residual_sensitivity
 from .hybrid import mixer_parameters, pair_with_teacher, teacher_path, transferred_parameters, unpair
@@ -552,7 +552,7 @@ def train(
     out: Path,
     accelerator: Accelerator,
     progress: bool,
-    cache: DensityCache
+    cache: WeightCache
     | None = None,  # of the density or the sensitivities that the condition needs; None: they are computed
     deadline: float | None = None,
 ) -> dict:

@@ -125,7 +125,7 @@ def test_lmms_eval_has_one_version():
     assert all(versions == {metadata.version("lmms-eval")} for versions in mentioned.values()), mentioned
 
 
-APPENDIX = ("files", "samples", "density_cache", "minicpm")  # 9x: below all shelves, in this order
+APPENDIX = ("files", "samples", "weight_cache", "minicpm")  # 9x: below all shelves, in this order
 
 
 def modules():
@@ -171,7 +171,7 @@ def test_imports_run_down_the_numbers(name):
         "files",
         "density",
         "sensitivity",
-        "density_cache",
+        "weight_cache",
         "ssd",
         "gated_delta",
         "losses",
