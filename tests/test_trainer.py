@@ -768,27 +768,6 @@ def test_a_fingerprint_sees_every_bit():
     )
 
 
-def test_processes_do_not_share_a_model_on_a_gpu():
-    with torch.device("meta"):
-        model = tiny_teacher()
-    for build in (
-        cached_weights.build_density_cache,
-        partial(cached_weights.build_gradient_cache, condition=CONDITIONS["C5"], layers=[0]),
-    ):
-        with pytest.raises(
-            ValueError, match="^processes is 2 and the model on meta; several processes compute on a CPU alone$"
-        ):
-            build(
-                "nowhere",
-                model,
-                dataset=None,
-                collate=None,
-                processor=None,
-                processes=2,
-                **{} if isinstance(build, partial) else dict(settings=SETTINGS),
-            )
-
-
 def share_a_run(out, rank, port):
     os.environ |= dict(
         RANK=str(rank),
