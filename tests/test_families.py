@@ -36,8 +36,9 @@ from heed_nb.streams import aligned_outputs, replaced_layers
 from heed_nb.trainer import Phases, step_loss
 
 FAMILIES = list(tiny.TINY)
-CASES = [(family, mixer, "paper") for family in FAMILIES for mixer in MIXERS] + [
-    ("qwen3_vl", mixer, "identity") for mixer in MIXERS
+CASES = [(family, "mamba2", "paper") for family in FAMILIES] + [
+    ("qwen3_vl", "gdn", "identity"),
+    ("glm4v", "gdn", "paper"),
 ]
 HOW = dict(
     max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4]
@@ -106,23 +107,27 @@ def test_nothing_replaced_is_the_teacher(family):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_everything_but_the_mixers_is_the_teachers(family, mixer):
-    teacher = teacher_of(family)
+    teacher, random_state = tiny.teacher(family), torch.random.get_rng_state()
+    before = {name: p.clone() for name, p in teacher.state_dict().items()}
     student = to_hybrid(teacher, mixer=mixer)
+    assert torch.equal(random_state, torch.random.get_rng_state())
     mixers, transferred, theirs = mixer_parameters(student), transferred_parameters(student), teacher.state_dict()
+    assert before.keys() == theirs.keys() and all(torch.equal(before[name], p) for name, p in theirs.items())
     for name, p in student.state_dict().items():
         if name not in mixers or name in transferred:
-            assert torch.equal(p, theirs[name]), name
+            assert torch.equal(p, theirs[name]) and p.dtype == theirs[name].dtype, name
+            assert p.data_ptr() != theirs[name].data_ptr(), name
         assert p.isfinite().all(), name
-    parts = [
-        f"{p}_proj.{kind}" for p in "qkv" for kind in (("bias", "weight") if family == "glm4v" else ("weight",))
-    ] + ["o_proj.weight"]
-    assert sorted(name.split("self_attn.")[1] for name in transferred if ".layers.0." in name) == sorted(parts)
-    norms = (
-        set()
-        if family == "glm4v"
-        else {f"model.language_model.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
-    )
-    assert theirs.keys() - student.state_dict().keys() == norms
+    for (name, a), (_, b) in zip(student.named_buffers(), teacher.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+    leaves = lambda names: sorted(name.split("self_attn.")[1] for name in names if ".layers.0." in name)
+    kinds = ("bias", "weight") if family == "glm4v" else ("weight",)
+    assert leaves(transferred) == sorted(["o_proj.weight", *(f"{p}_proj.{kind}" for p in "qkv" for kind in kinds)])
+    rates = dict(mamba2=["D", "dt_proj.weight"], gdn=["a_proj.weight", "b_proj.weight"])[mixer]
+    new = ["A_log", "conv_weight", "dt_bias", "g_proj.weight", "norm.weight", *rates]
+    assert leaves(mixers.keys() - set(transferred)) == sorted(new)
+    norms = {f"model.language_model.layers.{i}.self_attn.{p}_norm.weight" for i in range(3) for p in "qk"}
+    assert theirs.keys() - student.state_dict().keys() == (set() if family == "glm4v" else norms)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -162,25 +167,13 @@ def quantise(model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (torch.compile, "the teacher is compiled"),
         (compile_decoder, "the teacher is compiled"),
-        (lambda model: adapt(model, 0), "unlike its class; .* unload its adapters"),
         (lambda model: adapt(model, 3), "unlike its class; .* unload its adapters"),
         (lambda model: cpu_offload(model, execution_device="cpu"), "is on meta, offloaded or not loaded"),
-        (lambda model: model.to("meta"), "is on meta"),
         (lambda model: model.lm_head.to("meta") and None, "lm_head.weight is on meta"),
         (quantise, "lm_head.weight is a Parameter of torch.int8"),
     ],
-    ids=[
-        "compiled",
-        "compiled decoder",
-        "adapter in a mixer's place",
-        "adapter in attention",
-        "offloaded",
-        "meta",
-        "meta head",
-        "quantised",
-    ],
+    ids=["compiled decoder", "adapter", "offloaded", "meta head", "quantised"],
 )
 def test_a_teacher_that_is_not_whole_is_refused(family, change, message):
     teacher = copy.deepcopy(teacher_of(family))
@@ -219,7 +212,7 @@ def test_padding_equals_single_samples(case, side):
         assert (unmasked - logits)[0, -1].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("how", [dict(), dict(num_beams=3), dict(num_beams=2, cache_implementation="static")], ids=str)
+@pytest.mark.parametrize("how", [dict(), dict(num_beams=2, cache_implementation="static")], ids=str)
 @torch.no_grad()
 def test_generation_with_a_cache_is_generation_without(case, how):
     (family, student), how = case, HOW | how | dict(output_scores=True, return_dict_in_generate=True)
@@ -234,11 +227,9 @@ def test_generation_with_a_cache_is_generation_without(case, how):
 @pytest.mark.parametrize(
     "side, how",
     [
-        ("left", dict()),
         ("left", dict(num_beams=3)),
         ("inside", dict()),
         ("inside", dict(cache_implementation="static")),
-        ("inside", dict(use_cache=False)),
         ("inside", dict(prefill_chunk_size=7)),
     ],
     ids=str,
@@ -356,30 +347,14 @@ def test_bad_packing(family):
     student, batch = to_hybrid(teacher_of(family)), packed(family)
     ids, ends = batch["input_ids"], batch["cu_seq_lens_q"]
     padded = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
-    fails(
-        "packed sequences .* without padding and without a cache",
-        student,
-        input_ids=ids,
-        cu_seq_lens_q=ends,
-        attention_mask=padded,
-    )
-    fails(
-        "packed sequences .* without padding and without a cache",
-        student,
-        input_ids=ids,
-        cu_seq_lens_q=ends,
-        past_key_values=DynamicCache(config=student.config),
-    )
-    fails(
-        r"cu_seqlens rises from 0 to 42, got \[0, 16, 19, 43\]",
-        student,
-        input_ids=ids,
-        cu_seq_lens_q=torch.tensor([0, 16, 19, 43]),
-    )
+    for given in (dict(attention_mask=padded), dict(past_key_values=DynamicCache(config=student.config))):
+        refused = "packed sequences .* without padding and without a cache"
+        fails(refused, student, input_ids=ids, cu_seq_lens_q=ends, **given)
+    ends, message = torch.tensor([0, 16, 19, 43]), r"cu_seqlens rises from 0 to 42, got \[0, 16, 19, 43\]"
+    fails(message, student, input_ids=ids, cu_seq_lens_q=ends)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "inside"])
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("kind, side", [(torch.bool, "left"), (torch.float32, "inside")], ids=str)
 @torch.no_grad()
 def test_a_4d_mask_is_read_or_refused(case, kind, side):
     family, student = case
@@ -423,33 +398,29 @@ def test_what_trainers_and_offloading_ask_for(family, who):
     assert any(p.is_meta for p in model.parameters()) and torch.equal(offloaded(**batch).logits, logits)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [modeling_auto, processing_auto, tokenization_auto, image_processing_auto],
-    ids=lambda module: module.__name__.split(".")[-1],
-)
-def test_the_auto_classes_know_a_hybrid_where_they_know_its_teacher(family, module):
+AUTO = {
+    modeling_auto: {"MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"},
+    processing_auto: {"PROCESSOR_MAPPING"},
+    tokenization_auto: {"TOKENIZER_MAPPING"},
+    image_processing_auto: {"IMAGE_PROCESSOR_MAPPING"},
+}
+
+
+def test_the_auto_classes_know_a_hybrid_where_they_know_its_teacher(family):
     "Of the decoder alone: without a head and with the language model's."
-    config, found = tiny.config(family), []
+    config = tiny.config(family)
     student = hybrid_config(config)
-    for name, mapping in vars(module).items():
-        if not isinstance(mapping, _LazyAutoMapping):
-            continue
-        parts = ["text_config"] * (name in ("MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "TOKENIZER_MAPPING"))
-        for teachers, students in [
-            (config, student),
-            *((getattr(config, part), getattr(student, part)) for part in parts),
-        ]:
-            if type(teachers) in mapping:
-                assert type(students) in mapping, name
-                found.append(name)
-    expected = dict(
-        modeling_auto={"MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"},
-        processing_auto={"PROCESSOR_MAPPING"},
-        tokenization_auto={"TOKENIZER_MAPPING"},
-        image_processing_auto={"IMAGE_PROCESSOR_MAPPING"},
-    )
-    assert set(found) >= expected[module.__name__.split(".")[-1]]
+    pairs = [(config, student), (config.text_config, student.text_config)]
+    for module, expected in AUTO.items():
+        mappings = {name: m for name, m in vars(module).items() if isinstance(m, _LazyAutoMapping)}
+        found = set()
+        for name, mapping in mappings.items():
+            decoders = name in ("MODEL_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING", "TOKENIZER_MAPPING")
+            for theirs, ours in pairs[: 1 + decoders]:
+                if type(theirs) in mapping:
+                    assert type(ours) in mapping, name
+                    found.add(name)
+        assert found >= expected
 
 
 # Saving and loading
@@ -521,27 +492,15 @@ assert not any(type(finder).__module__ == "heed_nb" for finder in sys.meta_path)
 """
 
 
-@pytest.mark.parametrize(
-    "module, heavy", [("heed_nb.conditions", False), ("heed_nb.minicpm", True), ("transformers", True)]
-)
+@pytest.mark.parametrize("module, heavy", [("heed_nb.conditions", False), ("transformers", True)])
 def test_any_import_of_the_package_registers_its_models(module, heavy):
     "At the cost of transformers only where that is imported anyway."
     subprocess.run([sys.executable, "-c", IMPORTS.format(module=module, heavy=heavy)], check=True)
 
 
 def test_the_packages_names():
-    assert set(heed_nb.__all__) >= {
-        "to_hybrid",
-        "distill",
-        "evaluate",
-        "CONDITIONS",
-        "patch_density",
-        "position_weights",
-        "load_teacher",
-        "Sample",
-        "collate",
-        "TrainSettings",
-    }
+    promised = "to_hybrid distill evaluate CONDITIONS patch_density position_weights load_teacher Sample collate"
+    assert set(heed_nb.__all__) >= {*promised.split(), "TrainSettings"}
     assert set(heed_nb.__all__) < set(dir(heed_nb))
     assert heed_nb.to_hybrid is to_hybrid and heed_nb.CONDITIONS is CONDITIONS and heed_nb.load_teacher is load_teacher
     for name in heed_nb.__all__:
@@ -606,18 +565,6 @@ def conversation(family):
         Sample("one", pages[:1], [("total?", "417")]),
         Sample("none", [], [("rose", "a rose")]),
     ]
-
-
-def test_labels_are_the_answers(family):
-    processor = PROCESSORS[family]
-    batch = collate(conversation(family), processor)
-    decode = processor.tokenizer.decode
-    assert [decode(labels[labels >= 0]) for labels in batch["labels"]] == [
-        "the first<|im_end|>é1<|im_end|>",
-        "417<|im_end|>",
-        "a rose<|im_end|>",
-    ]
-    assert torch.equal(batch["labels"][batch["labels"] >= 0], batch["input_ids"][batch["labels"] >= 0])
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
