@@ -1,0 +1,424 @@
+"Both recurrences: the chunked form and the single step against the definition, forward and every derivative."
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import func
+from torch.autograd import forward_ad
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from heed_nb.gated_delta import gated_delta, gated_delta_reference, gated_delta_step
+from heed_nb.ssd import ssd, ssd_reference, ssd_step
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Operator:
+    "A recurrence with its arguments as a list, the state last: `inputs` makes them, `call` hands them over."
+
+    chunked: Callable
+    reference: Callable
+    step: Callable
+    inputs: Callable
+    keywords: tuple  # of the arguments after the fifth
+    at: tuple  # the places of arguments with a dimension of positions
+    groups: tuple  # those of arguments with a dimension of groups in place of heads
+    rates: tuple  # those of arguments that, at zero, leave the state as it is
+    decayed: Callable  # arguments whose state decays by the exponential of a number at each position
+    uneven: Callable  # arguments whose log decays are, at positions of a mask, near one number, elsewhere near another
+
+    def call(self, f, args, **options):
+        f = getattr(self, f)
+        return f(*args[:5], **dict(zip(self.keywords, args[5:])), return_final_state=True, **options)
+
+    def take(self, args, where):
+        "The arguments at some positions."
+        return [a[:, where] if i in self.at else a for i, a in enumerate(args)]
+
+    def gradients(self, f, args, **options):
+        "Output, final state and the gradients of all arguments."
+        leaves = [None if v is None else v.detach().clone().requires_grad_() for v in args]
+        y, final = self.call(f, leaves, **options)
+        weights = torch.linspace(-1, 1, y.numel()).view_as(y), torch.linspace(1, -1, final.numel()).view_as(final)
+        ((y.to(final.dtype) * weights[0]).sum() + (final * weights[1]).sum()).backward()
+        return [y, final] + [v.grad for v in leaves if v is not None]
+
+
+def normal(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def ssd_inputs(T, H, G, P, N, dtype=torch.float32, initial_state=True, seed=0, batch=2):
+    n = normal(seed)
+    x, dt, A = n(batch, T, H, P), F.softplus(n(batch, T, H)), -n(H).exp()
+    B, C, D = n(batch, T, G, N), n(batch, T, G, N), n(H)
+    state = n(batch, H, P, N) if initial_state else None
+    x, dt, B, C = (v.to(dtype) for v in (x, dt, B, C))
+    if dtype == torch.float64:
+        A, D, state = (v if v is None else v.double() for v in (A, D, state))
+    return [x, dt, A, B, C, D, state]
+
+
+def delta_inputs(T, H, G, K, V, dtype=torch.float32, initial_state=True, seed=0, batch=2):
+    n = normal(seed)
+    q, k, v = n(batch, T, G, K), F.normalize(n(batch, T, G, K), dim=-1), n(batch, T, H, V)
+    g, beta = -0.3 * F.softplus(n(batch, T, H)), n(batch, T, H).sigmoid()
+    state = n(batch, H, K, V) if initial_state else None
+    q, k, v, g, beta = (a.to(dtype) for a in (q, k, v, g, beta))
+    return [q, k, v, g, beta, state.double() if initial_state and dtype == torch.float64 else state]
+
+
+def uneven_ssd(args, where, numbers):
+    x, dt, A, *others = args
+    return [x, dt * torch.where(where, *(-n for n in numbers)), -torch.linspace(0.5, 1.5, len(A)), *others]
+
+
+SSD = Operator(
+    ssd,
+    ssd_reference,
+    ssd_step,
+    ssd_inputs,
+    ("D", "initial_state"),
+    at=(0, 1, 3, 4),
+    groups=(3, 4),
+    rates=(1,),
+    decayed=lambda args, decay: [*args[:2], torch.full_like(args[2], decay), *args[3:]],
+    uneven=uneven_ssd,
+)
+DELTA = Operator(
+    gated_delta,
+    gated_delta_reference,
+    gated_delta_step,
+    delta_inputs,
+    ("initial_state",),
+    at=(0, 1, 2, 3, 4),
+    groups=(0, 1),
+    rates=(3, 4),
+    decayed=lambda args, decay: [*args[:3], torch.full_like(args[3], decay), torch.ones_like(args[4]), args[5]],
+    uneven=lambda args, where, numbers: [*args[:3], -args[3] * torch.where(where, *numbers), *args[4:]],
+)
+both = pytest.mark.parametrize("op", [SSD, DELTA], ids=["ssd", "gated delta"])
+
+
+def close(ours, theirs, tolerance=1e-4):
+    "Each of two lists of tensors, to a tolerance of the largest number."
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, atol=tolerance * max(1, b.abs().max().item()), rtol=tolerance)
+
+
+# T, H, G, the two widths of the state, chunk_size
+SHAPES = {
+    "one position": (1, 2, 1, 4, 4, None),
+    "shorter than a chunk": (5, 2, 2, 4, 6, 8),
+    "one chunk": (16, 2, 1, 3, 5, 16),
+    "chunks divide": (48, 4, 2, 4, 4, 16),
+    "chunks do not divide": (50, 4, 4, 5, 3, 16),
+    "chunks of one": (7, 2, 2, 2, 3, 1),
+    "default chunk": (37, 6, 3, 4, 4, None),
+    "default chunks, long": (300, 2, 1, 4, 4, None),
+}
+
+
+@both
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_chunked_is_the_recurrence(op, shape):
+    *shape, chunk = shape
+    for initial_state in (False, True):
+        args = op.inputs(*shape, initial_state=initial_state)
+        close(op.gradients("chunked", args, chunk_size=chunk), op.gradients("reference", args), 2e-4)
+
+
+@both
+@pytest.mark.parametrize("initial_state", [False, True], ids=["zeros", "initial state"])
+def test_bfloat16_keeps_a_float32_state(op, initial_state):
+    args = op.inputs(50, 4, 2, 4, 4, torch.bfloat16, initial_state)
+    ours, reference = op.gradients("chunked", args, chunk_size=16), op.gradients("reference", args)
+    assert ours[0].dtype == torch.bfloat16 and ours[1].dtype == torch.float32
+    assert_close(ours[1], reference[1], atol=1e-4, rtol=1e-4)  # the state has not seen bfloat16
+    assert_close(ours[0], reference[0], atol=1e-2, rtol=8e-3)
+    for a, b in zip(ours[2:], reference[2:]):
+        assert_close(a.float(), b.float(), atol=2e-2 * b.abs().max().item(), rtol=2e-2)
+
+
+@both
+def test_autocast_reaches_neither_state_nor_gradient(op):
+    args = op.inputs(20, 2, 1, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = op.gradients("chunked", args, chunk_size=8)
+    assert all(map(torch.equal, mixed, op.gradients("chunked", args, chunk_size=8)))
+
+
+@both
+def test_spans_of_any_length_are_the_same(op, monkeypatch):
+    args = op.inputs(50, 2, 1, 4, 4)
+    whole = op.gradients("chunked", args, chunk_size=4)
+    with torch.no_grad():
+        assert torch.equal(op.call("chunked", args, chunk_size=4)[0], whole[0])
+    module = sys.modules[op.chunked.__module__]
+    monkeypatch.setattr(module, "_spans", lambda x, size, width: [(0, 5), (5, 10), (10, 13)])
+    close(op.gradients("chunked", args, chunk_size=4), whole, 1e-5)
+    with torch.no_grad():
+        assert_close(op.call("chunked", args, chunk_size=4)[0], whole[0])
+
+
+@both
+def test_inputs_stay_as_they_are(op):
+    args = op.inputs(8, 1, 1, 3, 3, batch=1)  # one row and head: a chunk is contiguous as it lies
+    kept = [v.clone() for v in args]
+    op.gradients("chunked", args, chunk_size=8)
+    assert all(map(torch.equal, args, kept))
+
+
+# What a derivative is asked by: each is a function of f and its inputs; f takes them in order and returns two tensors.
+
+
+def double_backward(f, *args):
+    leaves = [a.clone().requires_grad_() for a in args]
+    grads = torch.autograd.grad(sum(v.sin().sum() for v in f(*leaves)), leaves, create_graph=True)
+    return grads, torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
+def double_backward_of_one(f, *args):
+    return [double_backward(lambda v: f(*args[:i], v, *args[i + 1 :]), a) for i, a in enumerate(args)]
+
+
+def tangents_of_one(f, *args):
+    tangents = []
+    for i, a in enumerate(args):
+        with forward_ad.dual_level():
+            for v in f(*args[:i], forward_ad.make_dual(a, a.cos()), *args[i + 1 :]):
+                tangent = forward_ad.unpack_dual(v).tangent
+                tangents.append(torch.zeros_like(v) if tangent is None else tangent)
+    return tangents
+
+
+def checkpointed(f, *args):
+    leaves = [a.clone().requires_grad_() for a in args]
+    sum(v.sin().sum() for v in checkpoint(f, *leaves, use_reentrant=False)).backward()
+    return [a.grad for a in leaves]
+
+
+def total(f):
+    return lambda *args: sum(v.sin().sum() for v in f(*args))
+
+
+def every(args):
+    return tuple(range(len(args)))
+
+
+def mapped(f, *args):
+    return func.vmap(f)(*(torch.stack([a, 0.9 * a]) for a in args))
+
+
+DERIVATIVES = {
+    "jvp": lambda f, *args: func.jvp(f, args, tuple(a.cos() for a in args))[1],
+    "dual numbers": tangents_of_one,
+    "grad": lambda f, *args: func.grad(total(f), every(args))(*args),
+    "jacrev": lambda f, *args: func.jacrev(f, every(args))(*args),
+    "hessian": lambda f, *args: func.hessian(total(f), (1, 2))(*args),
+    "vmap": mapped,
+    "vmap of grad": lambda f, *args: mapped(func.grad(total(f), every(args)), *args),
+    "batched gradients": lambda f, *args: torch.autograd.functional.jacobian(f, args, vectorize=True),
+    "double backward": double_backward,
+    "double backward of one input": double_backward_of_one,
+    "inputs that depend on each other": lambda f, *args: double_backward(
+        lambda a: f(*(v + 0.01 * a.mean() * v for v in args)), args[0]
+    ),
+    "checkpoint": checkpointed,
+}
+
+
+@both
+@pytest.mark.parametrize("ask", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_every_derivative(op, ask):
+    args = op.inputs(7, 2, 1, 2, 3, torch.float64, batch=1)
+    ours = tree_leaves(ask(lambda *args: op.call("chunked", args, chunk_size=3), *args))
+    theirs = tree_leaves(ask(lambda *args: op.call("reference", args), *args))
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+    assert any(b.any() for b in theirs)
+
+
+@both
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_gradient_in_float64(op, chunk):
+    args = [v.requires_grad_() for v in op.inputs(7, 2, 1, 2, 3, torch.float64, batch=1)]
+    assert torch.autograd.gradcheck(lambda *args: op.call("chunked", args, chunk_size=chunk), args)
+
+
+# The state
+
+
+@both
+def test_steps_are_the_chunked_form(op):
+    *args, state = op.inputs(20, 4, 2, 4, 4)
+    y, final = op.call("chunked", [*args, state], chunk_size=8)
+    for t in range(20):
+        first, rest = op.take(args, t)[:5], args[5:]
+        step, state = op.step(*first, state, *rest)
+        assert_close(step, y[:, t], atol=1e-4, rtol=1e-4)
+    assert_close(state, final, atol=1e-4, rtol=1e-4)
+
+
+@both
+@pytest.mark.parametrize("cut", [1, 13, 16, 29])
+def test_state_carries_a_sequence_over_calls(op, cut):
+    args = op.inputs(30, 4, 2, 4, 4)
+    whole, final = op.call("chunked", args, chunk_size=8)
+    first, state = op.call("chunked", op.take(args, slice(cut)), chunk_size=8)
+    second, state = op.call("chunked", [*op.take(args, slice(cut, None))[:-1], state], chunk_size=8)
+    close([torch.cat([first, second], 1), state], [whole, final])
+
+
+@both
+def test_nothing_of_the_future_is_seen(op):
+    args = op.inputs(40, 2, 1, 4, 4)
+    changed = [a.clone() for a in args]
+    for i in op.at:
+        changed[i][:, 20:] = -changed[i][:, 20:] if i in op.rates else 5
+    y, other = (op.call("chunked", given, chunk_size=16)[0] for given in (args, changed))
+    assert torch.equal(y[:, :20], other[:, :20]) and not torch.equal(y[:, 20:], other[:, 20:])
+
+
+@both
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_positions_without_rates_are_not_there(op, chunk):
+    args, keep = op.inputs(30, 2, 1, 4, 4), torch.ones(30, dtype=torch.bool)
+    keep[[0, 1, 2, 11, 12, 28, 29]] = False
+    silenced = lambda keep: [a * keep[:, None] if i in op.rates else a for i, a in enumerate(args)]
+    y, final = op.call("chunked", silenced(keep), chunk_size=chunk)
+    close([y[:, keep], final], op.call("chunked", op.take(args, keep)))
+    assert torch.equal(op.call("chunked", silenced(0 * keep), chunk_size=chunk)[1], args[-1])
+
+
+@both
+def test_no_positions_leave_the_state(op):
+    args = op.inputs(0, 4, 2, 4, 6)
+    for f in ("chunked", "reference"):
+        y, final = op.call(f, args)
+        assert y.shape[:3] == (2, 0, 4) and torch.equal(final, args[-1])
+        assert op.call(f, [*args[:-1], None])[1].eq(0).all()
+
+
+@both
+def test_groups_are_consecutive_heads(op):
+    *args, state = op.inputs(12, 4, 2, 4, 4)
+    y, _ = op.call("chunked", [*args, state])
+    for head in range(4):
+        place = lambda i: [head // 2] if i in op.groups else [head]
+        alone = [a[place(i)] if a.ndim == 1 else a[:, :, place(i)] for i, a in enumerate(args)]
+        assert_close(y[:, :, [head]], op.call("chunked", [*alone, state[:, [head]]])[0])
+
+
+CUTS = {"several": [0, 5, 24, 25, 60], "an empty one": [0, 16, 16, 30, 60], "one": [0, 60]}
+
+
+def packed_inputs(op, ends, states=True):
+    *args, _ = op.inputs(ends[-1], 4, 2, 4, 6, batch=1)
+    return [*args, normal(1)(len(ends) - 1, 4, 4, 6) if states else None]
+
+
+def each_alone(op, ends):
+    "The reference of every sequence by itself, with the operator's signature."
+
+    def f(*args, cu_seqlens=None, return_final_state=False, initial_state=None, **others):
+        args = [*args, *others.values()]
+        states = [None] * (len(ends) - 1) if initial_state is None else initial_state.split(1)
+        cut = [[*op.take(args, slice(i, j)), s] for i, j, s in zip(ends, ends[1:], states)]
+        y, state = (torch.cat(parts, d) for parts, d in zip(zip(*(op.call("reference", c) for c in cut)), (1, 0)))
+        return (y, state) if return_final_state else y
+
+    return f
+
+
+@both
+@pytest.mark.parametrize("f", ["chunked", "reference"])
+@pytest.mark.parametrize("ends", CUTS.values(), ids=CUTS)
+def test_packed_sequences_do_not_see_each_other(op, f, ends):
+    args, options = packed_inputs(op, ends), dict(chunk_size=16) if f == "chunked" else {}
+    alone = Operator(**vars(op) | dict(reference=each_alone(op, ends))).gradients("reference", args)
+    close(op.gradients(f, args, cu_seqlens=torch.tensor(ends), **options), alone)
+
+
+# Accuracy
+
+
+@both
+@pytest.mark.parametrize("decay", [-1e-6, -50.0, -1e4])
+def test_extreme_decays_stay_finite(op, decay):
+    args = op.decayed(op.inputs(100, 2, 1, 4, 4), decay)
+    ours = op.gradients("chunked", args, chunk_size=32)
+    assert all(v.isfinite().all() for v in ours)
+    close(ours, op.gradients("reference", args), 1e-3)
+
+
+LOG_DECAYS = {  # of half the positions, and of the others
+    "all small": (-0.01, -0.01),
+    "usual": (-1.0, -1.0),
+    "some padding": (-10.0, 0.0),
+    "large, padding": (-100.0, 0.0),
+    "large and small": (-1000.0, -0.01),
+    "large and minute": (-1000.0, -1e-6),
+    "huge": (-1e6, -0.1),
+}
+
+
+@both
+@pytest.mark.parametrize("numbers", LOG_DECAYS.values(), ids=LOG_DECAYS)
+def test_accuracy_does_not_depend_on_the_decays(op, numbers):
+    "Outputs and gradients in float32 against the reference in float64; what is below 1e-25 counts as 0."
+    where = torch.rand(2, 130, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    args = op.uneven(op.inputs(130, 4, 2, 8, 8), where, numbers)
+    exact = op.gradients("reference", [a.double() for a in args])
+    for a, b in zip(op.gradients("chunked", args), exact):
+        assert (a.double() - b).norm() < 3e-6 * (b.norm() + 1e-25)
+
+
+# Compiled, exported, declared
+
+
+@both
+def test_compiles_as_one_graph(op):
+    torch._dynamo.reset()
+    compiled = Operator(**vars(op) | dict(chunked=torch.compile(op.chunked, backend="aot_eager", fullgraph=True)))
+    for length in (50, 70):
+        args = op.inputs(length, 2, 1, 4, 4)
+        close(compiled.gradients("chunked", args), op.gradients("chunked", args))
+
+
+class Module(torch.nn.Module):
+    "What `torch.export` takes."
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args):
+        return self.f(*args, return_final_state=True)
+
+
+@both
+def test_exports_at_any_length(op):
+    sizes = {0: torch.export.Dim("batch", min=1, max=9), 1: torch.export.Dim("length", min=1, max=300)}
+    inputs = lambda length, batch: tuple(op.inputs(length, 4, 2, 4, 6, batch=batch)[:5])
+    example = inputs(40, 2)
+    shapes = (tuple({} if v.ndim == 1 else sizes for v in example),)
+    program = torch.export.export(Module(op.chunked), example, dynamic_shapes=shapes).module()
+    for length, batch in ((1, 2), (5, 1), (32, 2), (33, 3), (200, 2)):
+        args = inputs(length, batch)
+        close(program(*args), op.reference(*args, return_final_state=True))
+
+
+def test_operators_are_what_they_declare():
+    x, dt, A, B, C, D, state = (v.requires_grad_() for v in ssd_inputs(12, 4, 2, 4, 6))
+    torch.library.opcheck(torch.ops.heed_nb.ssd_chunks, (x, dt, A, B, C, state, 4, True))
+    delta = [v.requires_grad_() for v in delta_inputs(12, 4, 2, 4, 6)]
+    torch.library.opcheck(torch.ops.heed_nb.gated_delta_chunks, (*delta, 4, True))
