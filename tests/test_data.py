@@ -79,7 +79,7 @@ def sought(frame):
 
 FRAMES = {
     kind: encoded(palette(), kind, save_all=True, append_images=[palette(image=PAGE.rotate(180))])
-    for kind in ("gif", "png", "tiff")
+    for kind in ("gif", "tiff")
 }
 P = np.asarray(palette().convert("RGB"))
 CLEAR = np.asarray(palette()) == 3
@@ -88,22 +88,17 @@ SEEN = (
     {  # what is given, and the pixels that a viewer shows
         "PIL": (PAGE, RGB),
         "bytes": (encoded(PAGE), RGB),
-        "bytearray": (bytearray(encoded(PAGE)), RGB),
         "file": (io.BytesIO(encoded(PAGE)), RGB),
         "base64": (base64.b64encode(encoded(PAGE)).decode(), RGB),
-        "base64 in lines": (base64.encodebytes(encoded(PAGE)).decode(), RGB),
         "data URL": ("data:image/png;base64," + base64.b64encode(encoded(PAGE)).decode(), RGB),
         "dict of bytes": (dict(bytes=encoded(PAGE), path=None), RGB),
         "dict of both": (dict(bytes=encoded(PAGE), path="elsewhere.png"), RGB),
-        "RGB bmp": (encoded(PAGE, "bmp"), RGB),
-        "webp": (encoded(PAGE, "webp", lossless=True), RGB),
         "L": (Image.fromarray(GREY), grey(GREY)),
         "1": (PAGE.convert("1"), grey(np.asarray(PAGE.convert("1")) * np.uint8(255))),
         "RGBA": (with_mode("RGBA"), over_white(RGB)),
         "LA": (with_mode("LA"), over_white(grey(GREY))),
         "RGBa": (with_mode("RGBA").convert("RGBa"), over_white(RGB)),
         "PA": (with_mode("RGBA").convert("PA"), over_white(np.asarray(with_mode("RGBA").convert("PA").convert("RGB")))),
-        "CMYK": (PAGE.convert("CMYK"), RGB),
         "P": (palette(), P),
         "P with a clear index": (palette(3), over_white(P, ~CLEAR)),
         "its file": (encoded(palette(3), transparency=3), over_white(P, ~CLEAR)),
@@ -117,7 +112,6 @@ SEEN = (
         ),
         "I;16": (Image.fromarray(DEEP), grey(GREY)),
         "I;16 file": (encoded(Image.fromarray(DEEP)), grey(GREY)),
-        "I;16 tiff": (encoded(Image.fromarray(DEEP), "tiff"), grey(GREY)),
         "I;16B": (Image.frombytes("I;16B", (48, 64), DEEP.astype(">u2").tobytes()), grey(GREY)),
         "I;16 with a clear value": (
             encoded(Image.fromarray(DEEP), transparency=int(DEEP[0, 0])),
@@ -127,32 +121,27 @@ SEEN = (
         "I": (Image.fromarray(GREY.astype(np.int32)), grey(GREY)),
         "F of 255": (Image.fromarray(GREY.astype(np.float32)), grey(GREY)),
         "F of 1": (Image.fromarray(GREY.astype(np.float32) / 255), grey(GREY)),
-        "F tiff": (encoded(Image.fromarray(GREY.astype(np.float32) / 255), "tiff"), grey(GREY)),
         "gif": (FRAMES["gif"], P),
-        "apng": (FRAMES["png"], P),
         "pages of a tiff": (FRAMES["tiff"], P),
         "a frame that was sought": (sought(1), P[::-1, ::-1]),
         "HWC": (RGB, RGB),
         "CHW": (RGB.transpose(2, 0, 1), RGB),
         "HW": (GREY, grey(GREY)),
-        "HW1": (GREY[..., None], grey(GREY)),
         "1HW": (GREY[None], grey(GREY)),
         "HWC with alpha": (np.dstack([RGB, ALPHA]), over_white(RGB)),
         "4HW floats": (np.dstack([RGB, ALPHA]).transpose(2, 0, 1) / 255, over_white(RGB)),
         "HW2": (np.dstack([GREY, ALPHA]), over_white(grey(GREY))),
         "floats of 1": (RGB / 255, RGB),
         "floats of 255": (RGB.astype(np.float32), RGB),
-        "half floats": (torch.from_numpy(RGB).half(), RGB),
         "bfloat16": (torch.from_numpy(RGB).bfloat16(), RGB),
         "rounding": (np.clip(RGB / 255 + 1e-6, None, 1 + 1e-6), RGB),
         "uint16": ((RGB.astype(np.uint16) * 257), RGB),
-        "int64": (torch.from_numpy(RGB).long(), RGB),
         "bool": (GREY > 99, grey((GREY > 99) * np.uint8(255))),
         "tensor": (torch.from_numpy(RGB).permute(2, 0, 1) / 255, RGB),
         "tensor with gradient": ((torch.from_numpy(RGB) / 255).requires_grad_(), RGB),
-        "black": (np.zeros((9, 8)), np.zeros((9, 8, 3))),
     }
-    | {f"orientation {i} {kind}": (photograph(i, kind), RGB) for i in range(1, 9) for kind in ("png", "webp", "tiff")}
+    | {f"orientation {i}": (photograph(i), RGB) for i in range(1, 9)}
+    | {f"orientation 6 {kind}": (photograph(6, kind), RGB) for kind in ("webp", "tiff")}
     | {
         "opened with orientation": (Image.open(io.BytesIO(photograph(6))), RGB),
         "EXIF that can't be read": (encoded(PAGE, exif=b"Exif\0\0garbage!"), RGB),
@@ -161,9 +150,8 @@ SEEN = (
 )
 
 
-@pytest.mark.parametrize("kind", SEEN)
-def test_an_image_is_seen_as_a_viewer_shows_it(kind):
-    given, expected = SEEN[kind]
+@pytest.mark.parametrize("given, expected", SEEN.values(), ids=SEEN)
+def test_an_image_is_seen_as_a_viewer_shows_it(given, expected):
     seen = viewed(given)
     assert seen.mode == "RGB" and np.array_equal(np.asarray(seen), expected)
     assert np.array_equal(np.asarray(viewed(seen)), expected)  # once more changes nothing
@@ -212,7 +200,6 @@ def test_every_way_to_the_model_goes_by_what_is_seen(family, tmp_path):
     "name, given",
     {
         "https URLs are not fetched": "https://example.org/page.png",
-        "s3 URLs are not fetched": "s3://bucket/page.png",
         "page.png: there is no such file": "page.png",
         "nowhere/page.png: .*No such file": Path("nowhere/page.png"),
         "no such file": "cGFnZQ==",
@@ -220,21 +207,15 @@ def test_every_way_to_the_model_goes_by_what_is_seen(family, tmp_path):
         "it is a folder": "/tmp",
         "neither `bytes` nor a `path`": {},
         "NoneType is no image": None,
-        "int is no image": 7,
-        "elsewhere.png: there is no such file": dict(bytes=None, path="elsewhere.png"),
         "image 0: .*truncated": encoded(PAGE)[:3000],
-        "image 0: .*(truncated|broken)": encoded(PAGE, "jpeg")[:900],
         "it has no pixels, 0x9": Image.new("RGB", (0, 9)),
         "0x9x3 has no pixels": np.zeros((0, 9, 3)),
         "first or last": np.zeros((3, 8, 3)),
         "8x8x8 is no image": np.zeros((8, 8, 8)),
-        "array of 8 is no image": np.zeros(8),
         "from -1 to 1, pixels of float64 from 0 to 1 or 0 to 255": np.linspace(-1, 1, 64).reshape(8, 8),
-        "from 0 to 1.5": np.linspace(0, 1.5, 64).reshape(8, 8),
         "to nan": np.full((8, 8), np.nan),
         "from 0 to 4095, pixels of int32": np.linspace(0, 4095, 64).reshape(8, 8).astype(np.int32),
         "array of complex128 has no pixels": np.zeros((8, 8), complex),
-        "array of object": np.full((8, 8), None),
         "to 4e.04, pixels": Image.new("I", (8, 8), 40000),
     }.items(),
 )
@@ -273,25 +254,13 @@ STRING = "{{ m.content if m.content is string else m.content | map(attribute='te
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\nSAY<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-def roles(
-    assistant,
-    user=EITHER,
-    system="<|system|>\n{{ m.content if m.content is string else m.content[0].text }}",
-    asked="<|user|>\n",
-    said="<|assistant|>\n",
-):
+SYSTEM = "<|system|>\n{{ m.content if m.content is string else m.content[0].text }}"
+
+
+def roles(assistant, user=EITHER, asked="<|user|>\n", said="<|assistant|>\n"):
     return (
-        "{% for m in messages %}{% if m.role == 'system' %}"
-        + system
-        + "{% elif m.role == 'user' %}"
-        + asked
-        + user
-        + "{% else %}"
-        + said
-        + assistant
-        + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        + said
-        + "{% endif %}"
+        f"{{% for m in messages %}}{{% if m.role == 'system' %}}{SYSTEM}{{% elif m.role == 'user' %}}{asked}{user}"
+        f"{{% else %}}{said}{assistant}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{said}{{% endif %}}"
     )
 
 
@@ -305,42 +274,23 @@ IM_END = "<|im_end|>"
 TEMPLATES = {  # the template, the answers, and what is learned of them
     "chatml of entries": (CHATML.replace("SAY", PARTS), PLAIN, ["42" + IM_END, "7" + IM_END]),
     "chatml of either": (CHATML.replace("SAY", EITHER), [" 42 ", "7\n"], [" 42 " + IM_END, "7\n" + IM_END]),
-    "chatml with empty thoughts": (
-        roles("<think>\n\n</think>\n\n" + STRING + IM_END + "\n"),
-        PLAIN,
-        ["42" + IM_END, "7" + IM_END],
-    ),
-    "thoughts": (
-        roles(THINKING),
-        ["<think>so</think>42", "<think>or so</think>7"],
-        ["42" + USER, "or so</think>\n7" + USER],
-    ),
+    "empty thoughts": (roles("<think>\n\n</think>\n\n" + STRING + IM_END), PLAIN, ["42" + IM_END, "7" + IM_END]),
+    "thoughts": (roles(THINKING), ["<think>so</think>42", "<think>or</think>7"], ["42" + USER, "or</think>\n7" + USER]),
     "no thoughts": (roles(THINKING), [" 42", "7 "], ["42" + USER, "7" + USER]),
     "the next role, entries": (roles("{{ m.content[0].text }}", PARTS), PLAIN, ["42" + USER, "7" + USER]),
     "the next role, strings": (roles("{{ m.content }}"), PLAIN, ["42" + USER, "7" + USER]),
-    "strips": (
-        roles(
-            "{% set t = STRING %}{% if t.strip() %}{{ t.strip() }}{% endif %}".replace("STRING", STRING.strip("{} "))
-        ),
-        ["\n42 ", " 7"],
-        ["42" + USER, "7" + USER],
-    ),
     "trims": (roles("{{ m.content | trim }}"), ["\n42 ", " é1"], ["42" + USER, "é1" + USER]),
     "a newline before the next role": (roles(STRING + "\n"), PLAIN, ["42\n" + USER, "7\n" + USER]),
     "another token": (roles(STRING + "<|observation|>\n"), PLAIN, ["42<|observation|>", "7<|observation|>"]),
     "several tokens": (
         roles(STRING + "<|observation|><|im_end|>\n"),
         PLAIN,
-        ["42<|observation|><|im_end|>", "7<|observation|><|im_end|>"],
+        [f"{answer}<|observation|><|im_end|>" for answer in PLAIN],
     ),
     "a blank and the end": (roles(" " + STRING + " <|im_end|>"), PLAIN, ["42 " + IM_END, "7 " + IM_END]),
     "text": (roles(STRING + "</turn>\n", asked="user: ", said="assistant: "), PLAIN, ["42</turn>", "7</turn>"]),
     "nothing": (roles(STRING + "\n", asked="user: ", said="assistant: "), PLAIN, ["42", "7" + IM_END]),
-    "the end after the last alone": (
-        roles(STRING + "{{ eos_token if loop.last else '' }}"),
-        PLAIN,
-        ["42" + USER, "7" + IM_END],
-    ),
+    "the end of all": (roles(STRING + "{{ eos_token if loop.last else '' }}"), PLAIN, ["42" + USER, "7" + IM_END]),
 }
 
 
@@ -368,8 +318,10 @@ def learned(batch, processor):
     return out
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, name",
+    [*(("qwen3_vl", name) for name in TEMPLATES), *((family, "chatml of entries") for family in FAMILIES[1:])],
+)
 def test_labels_are_the_answers_and_the_ends_of_their_turns(family, name):
     template, answers, expected = TEMPLATES[name]
     processor = talking(family, template)
@@ -383,15 +335,9 @@ def test_labels_are_the_answers_and_the_ends_of_their_turns(family, name):
     assert learned(collate(samples, processor), processor) == [expected] * 3
     if "thought" not in name:  # what is trained on is what the template prints
         text = processor.tokenizer.decode(collate(samples[1:2], processor)["input_ids"][0])
-        assert text.startswith(
-            processor.apply_chat_template(
-                [
-                    dict(role=m["role"], content=m["content"] if name.endswith("entries") else m["content"][0]["text"])
-                    for m in samples[1].messages()
-                ],
-                tokenize=False,
-            ).rstrip()
-        )
+        content = (lambda m: m["content"]) if name.endswith("entries") else lambda m: m["content"][0]["text"]
+        said = [dict(role=m["role"], content=content(m)) for m in samples[1].messages()]
+        assert text.startswith(processor.apply_chat_template(said, tokenize=False).rstrip())
 
 
 def test_a_token_that_reaches_into_an_answer_is_a_label():
@@ -400,12 +346,8 @@ def test_a_token_that_reaches_into_an_answer_is_a_label():
     from transformers import PreTrainedTokenizerFast
 
     processor = tiny.processor("qwen3_vl")
-    words = Tokenizer(
-        models.BPE(
-            {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "42", "Ġ42"])},
-            [("4", "2"), ("Ġ", "42")],
-        )
-    )
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "42", "Ġ42"]
+    words = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("4", "2"), ("Ġ", "42")]))
     words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     words.add_special_tokens(["<|im_end|>"])
     processor.tokenizer = PreTrainedTokenizerFast(
@@ -511,44 +453,20 @@ class ByIndex:
         return dict(messages=PAGE_ASKED, image=PAGE)
 
 
-ENTRIES = [
-    dict(type="text", text="of"),
-    dict(type="image", text=None),
-    dict(type="text", text="and"),
-    dict(type="image", text=None),
-]
+def asked(*content, answer="42", **row):
+    "A row whose user says these entries."
+    return dict(messages=[dict(role="user", content=list(content)), dict(role="assistant", content=answer)], **row)
+
+
+OF, PLACE = dict(type="text", text="of"), dict(type="image", text=None)
+URL = dict(url="data:image/png;base64," + base64.b64encode(encoded(PAGE)).decode())
 ROWS = {  # a row, and the user's first entries
     "strings": (dict(messages=PAGE_ASKED, images=[PAGE, PAGE]), ["image", "image", "total?"]),
     "one image": (dict(messages=PAGE_ASKED, image=PAGE), ["image", "total?"]),
-    "places": (
-        dict(messages=[dict(role="user", content=ENTRIES), PAGE_ASKED[1]], images=[PAGE, PAGE]),
-        ["of", "image", "and", "image"],
-    ),
-    "no places": (
-        dict(messages=[dict(role="user", content=ENTRIES[:1]), PAGE_ASKED[1]], images=[PAGE]),
-        ["image", "of"],
-    ),
-    "held": (
-        dict(messages=[dict(role="user", content=[dict(type="image", image=PAGE), ENTRIES[0]]), PAGE_ASKED[1]]),
-        ["image", "of"],
-    ),
-    "image_url": (
-        dict(
-            messages=[
-                dict(
-                    role="user",
-                    content=[
-                        dict(
-                            type="image_url",
-                            image_url=dict(url="data:image/png;base64," + base64.b64encode(encoded(PAGE)).decode()),
-                        )
-                    ],
-                ),
-                PAGE_ASKED[1],
-            ]
-        ),
-        ["image"],
-    ),
+    "places": (asked(OF, PLACE, OF, PLACE, images=[PAGE, PAGE]), ["of", "image", "of", "image"]),
+    "no places": (asked(OF, images=[PAGE]), ["image", "of"]),
+    "held": (asked(dict(type="image", image=PAGE), OF), ["image", "of"]),
+    "image_url": (asked(dict(type="image_url", image_url=URL)), ["image"]),
     "system": (dict(messages=[dict(role="system", content="Read."), *PAGE_ASKED], images=[PAGE]), ["image", "total?"]),
     "text": (dict(messages=PAGE_ASKED, images=None), ["total?"]),
     "prompt": (dict(prompt="total?", completion="42", images=[PAGE]), ["image", "total?"]),
@@ -567,44 +485,24 @@ def test_rows_are_read_as_they_are(kind):
         processor = tiny.processor(family)
         batch = collate([row, Sample("good", [PAGE], [("total?", "42")])], processor)
         assert learned(batch, processor)[0] == ["42<|im_end|>"] and batch["keys"] == ["0", "good"]
-        see = {
-            "image": processor.decode(collate([Sample("", [PAGE], [("", "42")])], processor)["input_ids"][0]).split(
-                ":"
-            )[0]
-        }
+        page = processor.decode(collate([Sample("", [PAGE], [("", "42")])], processor)["input_ids"][0]).split(":")[0]
         if family != "minicpmv":
-            assert "".join(see.get(part, part) for part in expected) in processor.decode(batch["input_ids"][0])
+            assert "".join(page if part == "image" else part for part in expected) in processor.decode(
+                batch["input_ids"][0]
+            )
 
 
 def test_rows_of_datasets_are_read_as_they_are(tmp_path):
     from datasets import Dataset, Image as ImageFeature, List
 
     PAGE.save(tmp_path / "page.png")
-    table = Dataset.from_list(
-        [
-            dict(
-                messages=[dict(role="user", content=ENTRIES[:2]), dict(role="assistant", content=[ENTRIES[0]])],
-                images=[str(tmp_path / "page.png")],
-            )
-        ]
-        * 2
-    )
-    expected = samples_of(
-        [
-            dict(
-                messages=[dict(role="user", content=ENTRIES[:2]), dict(role="assistant", content=[ENTRIES[0]])],
-                images=[PAGE],
-            )
-        ]
-    )[0].messages()
+    row = lambda image: asked(OF, PLACE, answer=[OF], images=[image])
+    table = Dataset.from_list([row(str(tmp_path / "page.png"))] * 2)
+    expected = samples_of([row(PAGE)])[0].messages()
     for table in (table, *(table.cast_column("images", List(ImageFeature(decode=decode))) for decode in (True, False))):
         read = samples_of(table)
-        assert (
-            len(read) == 2
-            and read[1].key == "1"
-            and read[1].messages() == expected
-            and np.array_equal(np.asarray(viewed(read[1].images[0])), RGB)
-        )
+        assert len(read) == 2 and read[1].key == "1" and read[1].messages() == expected
+        assert np.array_equal(np.asarray(viewed(read[1].images[0])), RGB)
 
 
 @pytest.mark.parametrize("kind", ["list", "tuple", "samples", "tensors", "objects"])
@@ -620,35 +518,12 @@ def test_what_is_read_by_index_is_a_data_set(kind):
     assert samples_of(ByIndex())[5].key == "5" and not hasattr(samples_of(ByIndex()), "__len__")
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        [],
-        (),
-        {},
-        dict(train=[1]),
-        iter([1]),
-        (i for i in [1]),
-        {1},
-        None,
-        7,
-        "rows.json",
-        b"rows",
-        ["total?"],
-        [("total?", "42")],
-        [None],
-        [PAGE],
-        [7],
-        [dict(image=PAGE, question="total?", answer="42")],
-        [{}],
-        [dict(messages=None)],
-        np.zeros((2, 3)),
-        torch.zeros(2, 3),
-        pd.DataFrame(dict(messages=[PAGE_ASKED])),
-        Stream(),
-    ],
-    ids=lambda given: type(given).__name__,
-)
+NO_DATA_SETS = [[], {}, dict(train=[1]), iter([1]), {1}, None, 7, "rows.json", ["total?"], [("total?", "42")], [PAGE]]
+NO_DATA_SETS += [[dict(image=PAGE, question="total?", answer="42")], [{}], [dict(messages=None)], np.zeros((2, 3))]
+NO_DATA_SETS += [torch.zeros(2, 3), pd.DataFrame(dict(messages=[PAGE_ASKED])), Stream()]
+
+
+@pytest.mark.parametrize("given", NO_DATA_SETS, ids=lambda given: type(given).__name__)
 def test_what_is_no_data_set_is_told_what_one_is(given):
     with pytest.raises(
         ValueError, match="a data set is a list, a `datasets.Dataset` or another object read by index"
