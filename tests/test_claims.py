@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import nbformat
 import numpy as np
@@ -516,25 +514,6 @@ def test_a_diagnosis(tmp_path):
 
 
 # The page
-
-
-@pytest.mark.slow
-def test_the_batch_diagnoses_for_all_and_not_for_tables(tmp_path, copy_of_repository):
-    repository = copy_of_repository(tmp_path)
-
-    def planned(target):
-        command = [sys.executable, "-m", "snakemake", "--dry-run", "--config", "scale=smoke", "--", target]
-        return set(
-            re.findall(
-                r"Job \d+: (.*)",
-                subprocess.run(
-                    command, cwd=repository, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                ).stdout,
-            )
-        )
-
-    wanted = {"diagnose C1, seed 0", "figure_03", "claims"}
-    assert wanted <= planned("all") and not wanted & planned("tables")
 
 
 @pytest.mark.parametrize("case", ["none", "some"])
