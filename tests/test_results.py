@@ -18,17 +18,14 @@ import nbformat
 import pytest
 
 import heed_nb
-from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, Scale
+from heed_nb.conditions import BENCHMARKS, Scale
 from heed_nb.files import locked, write_file
 from heed_nb.results import (
     LADDER,
-    PAPER,
     asked_runs,
     budget_figure,
     code_version,
-    contrast,
     ladder_figure,
-    legend,
     paper_checks,
     paper_table,
     parse_run_name,
@@ -37,8 +34,6 @@ from heed_nb.results import (
     read_runs,
     run_name,
     scores,
-    sentence,
-    verdict,
     write_run,
 )
 
@@ -200,15 +195,6 @@ def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
 # The paper
 
 
-def test_averages_by_hand():
-    with open(PAPER / "table_04.csv", newline="") as file:
-        rows = {row["row"]: row for row in csv.DictReader(file)}
-    for column in ("C0", "C1+", "C2+", "C3+", "C4+"):
-        six, ten = ([float(rows[key][column]) for key in keys] for keys in (FINE_GRAINED, BENCHMARKS))
-        assert f"{statistics.mean(six):.2f}" == rows["fine_grained"][column]
-        assert f"{statistics.mean(ten):.2f}" == rows["average"][column]
-
-
 def test_where_the_paper_differs_from_itself():
     checks = paper_checks()
     differ = {(line.place, line.says, line.recomputed) for line in checks[~checks.agrees].itertuples()}
@@ -271,20 +257,6 @@ def made_up(folder, conditions=LADDER, seeds=(0, 1, 2), budgets=(1000, 2000), se
                 {"scores": measured, "n": dict.fromkeys(BENCHMARKS, 100)},
             )
     return folder
-
-
-def test_contrast_is_paired_by_seed(tmp_path):
-    runs = read_runs(made_up(tmp_path))
-    fine = {run["name"]: statistics.mean(run["numbers"]["scores"][key] for key in FINE_GRAINED) for run in runs}
-    delta = [fine[run_name("C4", s, 2000)] - fine[run_name("C3", s, 2000)] for s in range(3)]
-    (tmp_path / run_name("C3", 1, 2000) / "evaluate.json").unlink()
-    for seeds in ((0, 1, 2), (0, 2)):
-        table = scores([run for run in runs if seeds == (0, 1, 2) or (run["condition"], run["seed"]) != ("C3", 1)])
-        c = contrast(table[table.token_budget == 2000], "C4", "C3", "fine_grained")
-        d = [delta[s] for s in seeds]
-        assert c["n"] == len(seeds)
-        assert c["mean"] == pytest.approx(statistics.mean(d))
-        assert c["se"] == pytest.approx(statistics.stdev(d) / len(d) ** 0.5)
 
 
 def notebook(root, name, **parameters):
@@ -531,19 +503,6 @@ def test_curve_and_figure(paper, tmp_path, budgets, says):
         assert figure.axes[0].get_ylim()[1] > 102  # a spread at 100 is not cut
 
 
-def test_verdicts_are_by_students_interval(tmp_path):
-    "Three seeds: 2.5 standard errors from 0, within Student's interval, which the claims judge by, too."
-    runs_with(
-        tmp_path, {(c, s): 50 + (c == "C4") * (10 + gap) for c in ("C3", "C4") for s, gap in enumerate((-4, -3, 7))}
-    )
-    c = contrast(scores(read_runs(tmp_path)), "C4", "C3", "ocrbench_v2")
-    assert 2 < c["mean"] / c["se"] < 4.3 and verdict(c) == "no clear difference"
-    assert verdict(c | dict(mean=4.4 * c["se"])) == "beats" and "C4 trails C3" in (
-        trails := sentence(c | dict(mean=-4.4 * c["se"]))
-    )
-    assert '"trails" where it lies below 0' in legend(trails) and "beats" not in legend(trails) and legend("") == ""
-
-
 @pytest.mark.parametrize(
     "name, holds",
     [
@@ -609,25 +568,6 @@ def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
     assert [p.name for p in target.parent.iterdir()] == ["toy"]
     monkeypatch.undo()
     assert (publish("toy", tmp_path) / "tables" / "table_01.md").read_text() == "second"
-
-
-@pytest.mark.parametrize(
-    "lost",
-    ["tables/table_01.md", "figures/figure_01.png", "claims.md", f"runs/{run_name('C3', 0, 1000)}/evaluate.json"],
-)
-def test_less_than_is_published_is_not_published(tmp_path, lost):
-    made_up(tmp_path / "toy" / "runs", seeds=(0,), budgets=(1000,))
-    for name in ("tables/table_01.md", "figures/figure_01.png", "claims.md"):
-        write_file(tmp_path / "toy" / name, "whole")
-    target = publish("toy", tmp_path)
-    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-    (tmp_path / "toy" / lost).unlink()
-    with pytest.raises(
-        ValueError,
-        match=rf"toy lacks 1 of the 8 files that .* has, {re.escape(lost)} among them; complete it, or .* first$",
-    ):
-        publish("toy", tmp_path)
-    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("scale", ["", ".", "..", "published/toy", "toy/../teachers", "/toy"])
