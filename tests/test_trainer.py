@@ -464,10 +464,10 @@ def test_random_masks_and_shuffles_are_of_the_run_and_the_sample():
     for other in (weights.random_scores(visual, ["b", "c"], 0), weights.random_scores(visual, ["a", "a"], 1)):
         assert not other[visual].equal(scores[visual])
     for share, chosen in ((0.1, 1), (0.25, 2), (0.5, 4), (1.0, 8)):
-        weights = weights.mask_weights(scores, visual, mask, share)
-        torch.testing.assert_close(weights.sum(-1), mask.sum(-1).float())
-        assert weights[1, 9] == 0
-        for row, present, ranked in zip(weights, mask.bool(), scores):
+        masked = weights.mask_weights(scores, visual, mask, share)
+        torch.testing.assert_close(masked.sum(-1), mask.sum(-1).float())
+        assert masked[1, 9] == 0
+        for row, present, ranked in zip(masked, mask.bool(), scores):
             low = row[present].min()
             heavy = (row > 2 * low).nonzero().flatten()
             assert sorted(heavy.tolist()) == sorted(ranked.topk(chosen).indices.tolist())
