@@ -41,8 +41,8 @@ publish: .venv/ok ## copy tables, figures and run records of outputs/SCALE to ou
 test: .venv/ok ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: .venv/ok ## what a contributor runs before a commit: format, export, and the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow" tests/test_project.py $(ARGS)
+check: format ## what a contributor runs before a commit: format, export, and the tests that are not slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 format: .venv/ok ## format notebooks and tests, and export the library
 	$(BIN)/python -m ruff format nbs tests docs benchmarks setup.py

@@ -1,4 +1,4 @@
-"Tables 8 and 9, the recipes of Table 3, App. A.8's curves and the picture of the pipeline, from runs made by hand and from the registry."
+"Tables 3, 8 and 9, App. A.8's curves and the picture of the pipeline, from runs made by hand and from the registry."
 
 import csv
 import re
@@ -22,18 +22,10 @@ def write(folder, ocr, others=50):
     "evaluate.json by condition: OCRBench v2 by seed, one score on everything else."
     for condition, by_seed in ocr.items():
         for seed, score in by_seed.items():
-            path = (
-                folder / run_name(condition, *((None, None) if condition == "C0" else (seed, BUDGET))) / "evaluate.json"
-            )
-            write_run(
-                path,
-                "evaluate",
-                {},
-                {
-                    "scores": dict.fromkeys(BENCHMARKS, others) | {"ocrbench_v2": score},
-                    "n": dict.fromkeys(BENCHMARKS, 100),
-                },
-            )
+            of = (None, None) if condition == "C0" else (seed, BUDGET)
+            scores = dict.fromkeys(BENCHMARKS, others) | {"ocrbench_v2": score}
+            numbers = dict(scores=scores, n=dict.fromkeys(BENCHMARKS, 100))
+            write_run(folder / run_name(condition, *of) / "evaluate.json", "evaluate", {}, numbers)
 
 
 @pytest.fixture
@@ -60,38 +52,23 @@ def test_table_8_of_one_seed(made):
         {"C0": {0: 90}, "C4": {0: 60, 1: 99}, "-Residual": {0: 40}, "-Density": {0: 58}, "+LD": {0: 61}},
         seeds=[0],
     )
-    assert (
-        cell(text, "-Residual", "OCRBench v2") == "40.0"
-        and cell(text, "-Residual", "Δ to C4") == "-20.0"
-        and cell(text, "C4 HEED", "OCRBench v2") == "60.0"
-    )
+    assert [cell(text, "-Residual", column) for column in ("OCRBench v2", "Δ to C4")] == ["40.0", "-20.0"]
+    assert cell(text, "C4 HEED", "OCRBench v2") == "60.0"
     assert "-Residual is behind C4 on OCRBench v2: -20.00 points (one seed" in text and "The paper has -2.5." in text
-    assert (
-        "+SL against C4 on OCRBench v2: no seed has both." in text
-        and "**Missing**: +SL-seed0-budget2000, tau-0.25-seed0" in text
-    )
-    assert (lines["ocrbench_v2", "-Residual-C4"]["mean"], lines["ocrbench_v2", "-Residual-C4"]["paper"]) == (
-        "-20.0",
-        "-2.5",
-    )
-    assert (
-        float(lines["fine_grained", "-Residual-C4"]["mean"]) == pytest.approx(-20 / 6, abs=1e-4)
-        and float(lines["reasoning", "-Density-C4"]["mean"]) == 0
-    )
+    assert "+SL against C4 on OCRBench v2: no seed has both." in text
+    assert "**Missing**: +SL-seed0-budget2000, tau-0.25-seed0" in text
+    line = lines["ocrbench_v2", "-Residual-C4"]
+    assert (line["mean"], line["paper"]) == ("-20.0", "-2.5")
+    assert float(lines["fine_grained", "-Residual-C4"]["mean"]) == pytest.approx(-20 / 6, abs=1e-4)
+    assert float(lines["reasoning", "-Density-C4"]["mean"]) == 0
 
 
 def test_table_8_over_seeds_is_paired(made):
-    text, lines, _ = made(
-        "table_08",
-        {"C4": {0: 60, 1: 70, 2: 81}, "+SL": {0: 58.95, 1: 68.85, 3: 5}},
-        seeds=[0, 1, 2, 3],
-        conditions=["C4", "+SL"],
-    )
+    given = {"C4": {0: 60, 1: 70, 2: 81}, "+SL": {0: 58.95, 1: 68.85, 3: 5}}
+    text, lines, _ = made("table_08", given, seeds=[0, 1, 2, 3], conditions=["C4", "+SL"])
     assert cell(text, "+SL", "Δ to C4") == "-1.1 ± 0.1" and lines["ocrbench_v2", "+SL-C4"]["n"] == "2"
-    assert (
-        "+SL trails C4 on OCRBench v2: -1.10 ± 0.05" in text
-        and "Not run: C0, -Residual, -Density, +LD, tau-0.25, tau-1, beta-1, beta-4." in text
-    )
+    assert "+SL trails C4 on OCRBench v2: -1.10 ± 0.05" in text
+    assert "Not run: C0, -Residual, -Density, +LD, tau-0.25, tau-1, beta-1, beta-4." in text
 
 
 def test_heed_at_several_tau_and_beta(made):
@@ -106,31 +83,20 @@ def test_heed_at_several_tau_and_beta(made):
         for line in text.partition("C4 at other temperatures")[2].splitlines()
         if line.startswith("|")
     ]
-    assert sweep[0][:5] == ["", "τ", "β", "OCRBench v2", "Δ to C4"] and [line[:3] for line in sweep[2:]] == [
-        ["tau-0.25", "0.25", "2"],
-        ["beta-1", "0.5", "1"],
-        ["C4", "0.5", "2"],
-        ["beta-4", "0.5", "4"],
-        ["tau-1", "1", "2"],
-    ]
-    assert [line[3:5] for line in sweep[2:]] == [
-        ["58.0", "-2.0"],
-        ["", ""],
-        ["65.0 ± 7.1", ""],
-        ["66.0", "+6.0"],
-        ["67.0 ± 8.5", "+2.0 ± 1.0"],
+    assert sweep[0][:5] == ["", "τ", "β", "OCRBench v2", "Δ to C4"]
+    assert [line[:5] for line in sweep[2:]] == [
+        ["tau-0.25", "0.25", "2", "58.0", "-2.0"],
+        ["beta-1", "0.5", "1", "", ""],
+        ["C4", "0.5", "2", "65.0 ± 7.1", ""],
+        ["beta-4", "0.5", "4", "66.0", "+6.0"],
+        ["tau-1", "1", "2", "67.0 ± 8.5", "+2.0 ± 1.0"],
     ]
     assert lines["ocrbench_v2", "tau-1-C4"]["mean"] == "2.0" and lines["ocrbench_v2", "tau-1"]["paper"] == ""
-    assert (
-        "tau-1 does not clearly beat C4 on OCRBench v2: +2.00 ± 1.00" in text
-        and "beta-1 against C4 on OCRBench v2: no seed has both." in text
-    )
+    assert "tau-1 does not clearly beat C4 on OCRBench v2: +2.00 ± 1.00" in text
+    assert "beta-1 against C4 on OCRBench v2: no seed has both." in text
     said = next(line for line in text.splitlines() if line.startswith("- tau-0.25 is"))
-    assert (
-        "The paper has" not in said
-        and cell(text, "-Density", "OCRBench v2") == ""
-        and "tau-1" not in text.partition("C4 at other")[0]
-    )
+    assert "The paper has" not in said and cell(text, "-Density", "OCRBench v2") == ""
+    assert "tau-1" not in text.partition("C4 at other")[0]
 
 
 def test_the_papers_rows_are_those_of_the_registry():
@@ -150,30 +116,21 @@ def test_recipes_that_ran_stand_beside_those_that_did_not(made):
         {"C0": {0: 90}, "C1": {0: 40, 1: 44}, "C4": {0: 60, 1: 62}, "LoLCATs": {0: 30}, "mmMamba": {0: 61, 1: 99}},
         seeds=[0, 1],
     )
-    run = lambda recipe: [cell(text, recipe, column) for column in ("run", "OCRBench v2")]
-    assert (
-        run("LoLCATs") == ["1 seed", "30.0"]
-        and run("C1: KD") == ["2 seeds", "42.0 ± 2.8"]
-        and run("mmMamba")[1] == "80.0 ± 26.9"
-        and run("C0: Teacher")[1] == "90.0"
-    )
-    assert run("Mamba-in-Llama") == ["2 seeds of C1", "42.0 ± 2.8"] and run("MOHAWK / Llama") == run("MaTVLM") == run(
-        "C2: HSA"
-    ) == ["not run", ""]
-    assert (
-        cell(text, "C4: HEED", "RSA") == "✓ᵂ"
-        and cell(text, "LoLCATs", "KD") == ""
-        and cell(text, "LoLCATs", "Reasoning Avg. (4)") == "50.00"
-    )
-    assert (
-        "- LoLCATs is behind C4 on OCRBench v2: -30.00 points (one seed" in text
-        and "- Mamba-in-Llama, as C1, trails C4 on OCRBench v2: -19.00 ± 1.00" in text
-    )
-    assert (
-        "MOHAWK against C4 on OCRBench v2: no seed has both." in text
-        and "MaTVLM-seed1-budget2000" in text.partition("**Missing**")[2]
-        and "Mamba-in-Llama-seed" not in text
-    )
+    for recipe, expected in {
+        "LoLCATs": ["1 seed", "30.0"],
+        "C1: KD": ["2 seeds", "42.0 ± 2.8"],
+        "mmMamba": ["2 seeds", "80.0 ± 26.9"],
+        "Mamba-in-Llama": ["2 seeds of C1", "42.0 ± 2.8"],
+        "MOHAWK / Llama": ["not run", ""],
+        "MaTVLM": ["not run", ""],
+    }.items():
+        assert [cell(text, recipe, column) for column in ("run", "OCRBench v2")] == expected
+    assert cell(text, "C0: Teacher", "OCRBench v2") == "90.0" and cell(text, "C4: HEED", "RSA") == "✓ᵂ"
+    assert [cell(text, "LoLCATs", column) for column in ("KD", "Reasoning Avg. (4)")] == ["", "50.00"]
+    assert "- LoLCATs is behind C4 on OCRBench v2: -30.00 points (one seed" in text
+    assert "- Mamba-in-Llama, as C1, trails C4 on OCRBench v2: -19.00 ± 1.00" in text
+    assert "MOHAWK against C4 on OCRBench v2: no seed has both." in text
+    assert "MaTVLM-seed1-budget2000" in text.partition("**Missing**")[2] and "Mamba-in-Llama-seed" not in text
     assert lines["ocrbench_v2", "LoLCATs"]["mean"] == "30.0" and ("ocrbench_v2", "Mamba-in-Llama") not in lines
 
 
@@ -236,36 +193,21 @@ def test_curves(made, tmp_path):
         },
     )
     assert (tmp_path / "figures/figure_a8.png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        cell(text, "10", "5x by density") == "53.0 (n=1)"
-        and cell(text, "10", "5x at random") == "52.0 ± 2.0 (n=3)"
-        and cell(text, "10", "difference") == "+3.0 (n=1)"
-    )  # of seed 0
-    assert cell(text, "25", "*paper: density*") == "*58.0*" and cell(text, "25", "*paper: difference*") == "*+5.2*"
-    assert (
-        cell(text, "0: C1 KD", "5x by density") == "42.0 ± 2.0 (n=3)"
-        and cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0 (n=3)"
-    )
-    assert (
-        "At 10 %: mask-10 is level with random-10 on OCRBench v2: +3.00 points (one seed" in text
-        and "At 50 %: mask-50 against random-50 on OCRBench v2: no seed has both." in text
-    )
-    assert (
-        '"is level with" where it holds 0' in text
-        and "beats" not in text
-        and "C1 (50.5)" in text
-        and "C3 (54.5 in" in text
-        and "at most 0.6" in text
-    )
+    of_10 = [cell(text, "10", column) for column in ("5x by density", "5x at random", "difference")]
+    assert of_10 == ["53.0 (n=1)", "52.0 ± 2.0 (n=3)", "+3.0 (n=1)"]  # of seed 0
+    assert [cell(text, "25", f"*paper: {what}*") for what in ("density", "difference")] == ["*58.0*", "*+5.2*"]
+    assert cell(text, "0: C1 KD", "5x by density") == "42.0 ± 2.0 (n=3)"
+    assert cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0 (n=3)"
+    assert "At 10 %: mask-10 is level with random-10 on OCRBench v2: +3.00 points (one seed" in text
+    assert "At 50 %: mask-50 against random-50 on OCRBench v2: no seed has both." in text
+    assert '"is level with" where it holds 0' in text and "beats" not in text
+    assert "C1 (50.5)" in text and "C3 (54.5 in" in text and "at most 0.6" in text
     assert "random-50-seed0-budget2000" in text.partition("**Missing**")[2]
     measured, _, of_paper = namespace["axes"]
-    drawn = {line.get_label(): line for line in of_paper.lines if not line.get_label().startswith("_")}
-    arms = [
-        list(container.lines[0].get_ydata())
-        for container in measured.containers
-        if len(container.lines[0].get_xdata()) > 1
-    ]
-    assert arms == [[51, 53, 58, 55], [51, 52, 52]] and drawn["C4 HEED, continuous"].get_ydata()[0] == 59.2
+    drawn = {line.get_label(): line for line in of_paper.lines}
+    arms = [list(container.lines[0].get_ydata()) for container in measured.containers]
+    assert [arm for arm in arms if len(arm) > 1] == [[51, 53, 58, 55], [51, 52, 52]]
+    assert drawn["C4 HEED, continuous"].get_ydata()[0] == 59.2
 
 
 def test_density_masks_of_several_seeds_are_paired(made):
@@ -304,32 +246,16 @@ def test_other_settings_and_other_recipes_have_side_seeds(root, monkeypatch):
     assert seeds("table_03_runs", batch) == {
         c: [0, 1, 2] if c in ("C1", "C2", "C3", "C4") else [0] for c in RECIPES if c != "Mamba-in-Llama"
     }
-    assert {
-        run.token_budget
-        for name in ("table_03_runs", "table_08", "table_09", "figure_a8")
-        for run in batch.runs_of(name)
-    } == {None, scale.token_budget}
+    asked = [run for name in ("table_03_runs", "table_08", "table_09", "figure_a8") for run in batch.runs_of(name)]
+    assert {run.token_budget for run in asked} == {None, scale.token_budget}
     assert batch.runs_of("figure_04") == []
     curves = Batch(replace(scale, side_budgets=(1000, 3000)))
-    more = {
-        name: {run for run in curves.runs_of(name)} - set(batch.runs_of(name))
-        for name in batch.notebooks
-        if name != "claims"
-    }
+    more = {name: {*curves.runs_of(name)} - {*batch.runs_of(name)} for name in batch.notebooks if name != "claims"}
     assert {name for name in more if more[name]} == {"table_05", "table_06"}
-    assert {(run.condition, run.seed, run.token_budget) for run in more["table_05"]} == {
-        (c, 0, b) for c in ("C4", "C5", "C6") for b in (1000, 3000)
-    }
-    assert {run.of for run in more["table_06"]} == set(curves.teachers) and {run.seed for run in more["table_06"]} == {
-        0
-    }
-    assert [c for c in Batch(load_scale("smoke")).conditions_of("figure_a8")] == [
-        "C0",
-        "C1",
-        "C4",
-        "mask-25",
-        "random-25",
-    ]
+    side = {(c, 0, budget) for c in ("C4", "C5", "C6") for budget in (1000, 3000)}
+    assert {(run.condition, run.seed, run.token_budget) for run in more["table_05"]} == side
+    assert {run.of for run in more["table_06"]} == {*curves.teachers} and {run.seed for run in more["table_06"]} == {0}
+    assert Batch(load_scale("smoke")).conditions_of("figure_a8") == ["C0", "C1", "C4", "mask-25", "random-25"]
 
 
 # The pipeline

@@ -251,7 +251,10 @@ def test_an_image_thinner_than_a_merge_block_is_scaled_up(family):
 PARTS = "{% for c in m.content %}{{ 'SEE' if c.type == 'image' else c.text }}{% endfor %}"
 EITHER = "{% if m.content is string %}{{ m.content }}{% else %}" + PARTS + "{% endif %}"
 STRING = "{{ m.content if m.content is string else m.content | map(attribute='text') | join }}"
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\nSAY<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\nSAY<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 SYSTEM = "<|system|>\n{{ m.content if m.content is string else m.content[0].text }}"
@@ -265,10 +268,10 @@ def roles(assistant, user=EITHER, asked="<|user|>\n", said="<|assistant|>\n"):
 
 
 THINKING = """{% set text = STRING %}{% set thought = '' %}{% if '</think>' in text %}
-{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip() %}{% set text = text.split('</think>')[-1] %}{% endif %}
-{%- if loop.last and thought %}{{ '<think>' + thought + '</think>\n' }}{% else %}{{ '<think></think>\n' }}{% endif %}{{ text.strip() }}""".replace(
-    "STRING", STRING.strip("{} ")
-)
+{%- set thought = text.split('</think>')[0].split('<think>')[-1].strip() %}
+{%- set text = text.split('</think>')[-1] %}{% endif %}
+{%- if loop.last and thought %}{{ '<think>' + thought + '</think>\n' }}{% else %}{{ '<think></think>\n' }}{% endif %}
+{{- text.strip() }}""".replace("STRING", STRING.strip("{} "))
 PLAIN, USER = ["42", "7"], "<|user|>"
 IM_END = "<|im_end|>"
 TEMPLATES = {  # the template, the answers, and what is learned of them

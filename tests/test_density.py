@@ -68,14 +68,6 @@ def test_density_keeps_its_digits_on_a_nearly_blank_page():
     assert_close(patch_density(page.float()).double(), exact, rtol=2e-3, atol=0)
 
 
-def test_pages_of_a_batch_do_not_see_each_other():
-    torch.manual_seed(0)
-    pages = torch.randn(4, 5, 6, 8)
-    order = torch.tensor([2, 0, 3, 1])
-    assert_close(patch_density(pages)[order], patch_density(pages[order]))
-    assert_close(patch_density(pages)[1], patch_density(pages[1]))
-
-
 def test_density_of_a_view_leaves_the_features_alone():
     torch.manual_seed(0)
     features = torch.randn(8, 5, 6)
@@ -104,20 +96,6 @@ def test_weights_are_algorithm_1(dtype, tau, text_boost, normalize_over):
     assert result.dtype == dtype
     assert_close(result.double(), expected, atol=3e-5 if dtype == torch.float32 else 1e-12, rtol=0)
     assert_close(result.sum(-1), present.sum(-1).to(dtype))
-
-
-def test_weights_of_a_sample_do_not_depend_on_its_batch_or_padding():
-    torch.manual_seed(0)
-    rho, visual = torch.rand(1, 12), torch.rand(1, 12) < 0.6
-    alone = position_weights(rho, visual)
-    other = torch.full((2, 20), 50.0)
-    for start in (0, 8):
-        batch, mask, present = other.clone(), torch.ones(2, 20).bool(), torch.zeros(2, 20)
-        batch[0, start : start + 12], mask[0, start : start + 12], present[0, start : start + 12] = rho, visual, 1
-        present[1] = 1
-        result = position_weights(batch, mask, attention_mask=present)[0]
-        assert_close(result[start : start + 12], alone[0])
-        assert result.count_nonzero() == 12
 
 
 def test_half_precision_and_hard_temperatures_stay_finite():

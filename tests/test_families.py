@@ -1,4 +1,4 @@
-"The hybrid of every family with every mixer inside transformers: padding, caches, chunks, disk, training; and what is refused."
+"The hybrid of every family inside transformers: padding, caches, chunks, disk, training; and what is refused."
 
 import copy
 import inspect
@@ -427,7 +427,8 @@ def test_the_auto_classes_know_a_hybrid_where_they_know_its_teacher(family):
 
 LOAD = """
 import sys, torch, heed_nb
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoTokenizer, pipeline
 how = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4])
 for folder in sys.argv[1:]:
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
@@ -435,11 +436,13 @@ for folder in sys.argv[1:]:
     batch = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
     with torch.no_grad(): out = dict(logits=model(**batch).logits, generated=model.generate(**batch, **how))
     autos = AutoImageProcessor, AutoModelForMultimodalLM, AutoTokenizer
-    out.update(state=model.state_dict(), types=model.config.text_config.layer_types, names=[type(model).__name__, type(processor).__name__],
+    out.update(state=model.state_dict(), types=model.config.text_config.layer_types)
+    out.update(names=[type(model).__name__, type(processor).__name__],
                others=[type(auto.from_pretrained(folder)).__name__ for auto in autos])
     chat = [dict(role="user", content=[dict(type="image", image=images[0]), dict(type="text", text="read it")])]
-    text = pipeline("image-text-to-text", model=folder)(text=chat, return_full_text=False, max_new_tokens=2, do_sample=False)[0]["generated_text"]
-    assert isinstance(text, str), text
+    answer = pipeline("image-text-to-text", model=folder)
+    (said,) = answer(text=chat, return_full_text=False, max_new_tokens=2, do_sample=False)
+    assert isinstance(said["generated_text"], str), said
     torch.save(out, folder + "/out.pt")
 """
 
@@ -487,7 +490,8 @@ import sys, {module}, heed_nb
 assert ("transformers" in sys.modules) == {heavy}, "transformers"
 assert ("heed_nb.hybrid" in sys.modules) == {heavy}, "registered too early"
 from transformers import AutoConfig
-assert AutoConfig.for_model("hybrid_qwen3_vl").text_config.layer_types and heed_nb.hybrid is sys.modules["heed_nb.hybrid"]
+assert AutoConfig.for_model("hybrid_qwen3_vl").text_config.layer_types
+assert heed_nb.hybrid is sys.modules["heed_nb.hybrid"]
 assert not any(type(finder).__module__ == "heed_nb" for finder in sys.meta_path)
 """
 
@@ -531,7 +535,7 @@ def test_teacher_path_is_the_teacher(family):
 
 @torch.no_grad()
 def test_hooks_read_residuals_and_attention_outputs(case):
-    "Hidden state i + 1 is what layer i puts out, but where DeepStack is added after it; attention's target is what W_O gives, before any norm."
+    "Hidden state i + 1 is layer i's output, but where DeepStack adds; attention's target is W_O's, before any norm."
     name, student = case
     family = family_of(student)
     inputs, decoder, layers = (

@@ -40,16 +40,6 @@ def test_without_decay_it_is_the_plain_delta_rule():
         assert_close(y[:, t], torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
 
 
-def test_a_key_of_its_own_holds_its_last_value():
-    T, K = 40, 8
-    slots = torch.randint(K, (T,), generator=torch.Generator().manual_seed(0))
-    keys, ones = torch.eye(K, dtype=torch.float64)[slots].view(1, T, 1, K), torch.ones(1, T, 1, dtype=torch.float64)
-    values = torch.arange(T, dtype=torch.float64).view(1, T, 1, 1)
-    _, state = gated_delta(keys, keys, values, 0 * ones, ones, return_final_state=True, chunk_size=16)
-    last = {slot: t for t, slot in enumerate(slots.tolist())}
-    assert_close(state.flatten(), torch.tensor([float(last[slot]) for slot in range(K)], dtype=torch.float64))
-
-
 def test_orthogonal_keys_make_it_gated_linear_attention():
     _, _, v, g, beta, _ = inputs(12, 2, 2, 12, 3, torch.float64)
     keys = torch.randn(2, 2, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -120,9 +110,7 @@ def test_bad_input():
     for message, given, options in (
         ("unknown backend 'cuda'; one of auto, torch, fla", (q, k, v, g, beta), dict(backend="cuda")),
         ("unknown backend 'mamba_ssm'; one of auto, torch, fla", (q, k, v, g, beta), dict(backend="mamba_ssm")),
-        ("backend 'fla' can't run: .*needs tensors on a GPU, these are on cpu", one, dict(backend="fla")),
         ("chunk_size is 0", (q, k, v, g, beta), dict(chunk_size=0)),
-        (r"g has shape \[2, 5, 4\], expected \[2, 6, 4\]", (q, k, v, g[:, 1:], beta), {}),
         ("3 groups do not divide 4 heads", (torch.ones(2, 6, 3, 4), torch.ones(2, 6, 3, 4), v, g, beta), {}),
         ("initial_state has shape", (q, k, v, g, beta), dict(initial_state=state[:1])),
         ("packs sequences in one row, got a batch of 2", (q, k, v, g, beta), dict(cu_seqlens=torch.tensor([0, 6]))),

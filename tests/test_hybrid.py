@@ -1,4 +1,4 @@
-"The hybrid: its conversion, gradients, weights on disk, the pair with its teacher (padding, caches and loading: test_families)."
+"The hybrid: its conversion, gradients, weights on disk, the pair with its teacher (the rest: test_families)."
 
 import copy
 
@@ -68,14 +68,6 @@ def test_conversion_is_deterministic(teacher):
     assert not torch.equal(layers[0], layers[1])
 
 
-def test_qk_norm_is_the_teachers(teacher):
-    with torch.no_grad():
-        teacher.model.language_model.layers[0].self_attn.q_norm.weight.fill_(0.5)
-    student = to_hybrid(teacher, qk_norm=True)
-    assert torch.equal(student.model.language_model.layers[0].self_attn.q_norm.weight, torch.full((8,), 0.5))
-    assert "model.language_model.layers.0.self_attn.q_norm.weight" in transferred_parameters(student)
-
-
 @kinds
 def test_without_weight_transfer_the_mixers_alone_are_random(kind, teacher):
     inherited, student = (
@@ -110,7 +102,6 @@ def test_bad_conversions(teacher, paper_student):
             to_hybrid(model, **kwargs)
         assert "\n" not in str(error.value)
 
-    refused("unknown mixer 'mamba3'; one of mamba2", mixer="mamba3")
     refused("unknown init 'zeros'; one of paper, mamba, identity", init="zeros")
     refused("unknown mixer field 'kernel'; one of conv_kernel", kernel=4)
     refused("conv_kernel is 0; an integer of at least 1", conv_kernel=0)
@@ -229,10 +220,8 @@ def test_a_missing_tensor_is_an_error(paper_student, tmp_path):
         tmp_path,
         state_dict={k: v for k, v in paper_student.state_dict().items() if not k.endswith("0.self_attn.A_log")},
     )
-    with pytest.raises(
-        ValueError,
-        match="the weights in .* do not fit its config.json: 1 tensors are missing or of another shape, first model.language_model.layers.0.self_attn.A_log",
-    ):
+    message = "do not fit its config.json: 1 tensors are missing or of another shape, first .*layers.0.self_attn.A_log"
+    with pytest.raises(ValueError, match=message):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
     loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert report["missing_keys"] == {"model.language_model.layers.0.self_attn.A_log"}
@@ -283,10 +272,6 @@ def test_a_pair_holds_frozen_weights_once(pair):
     for name, p in student.named_parameters():
         assert (p.data_ptr() in theirs) != (name in mixers), name
         assert p.requires_grad == (name in mixers), name
-    total = lambda parameters: sum(p.numel() for p in parameters)
-    assert total({id(p): p for model in pair for p in model.parameters()}.values()) == total(
-        teacher.parameters()
-    ) + total(mixers.values())
 
 
 @pytest.mark.parametrize("how", ["paired", "unpaired"])

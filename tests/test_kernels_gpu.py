@@ -1,5 +1,5 @@
-"""The kernels of mamba-ssm and fla, and the torch form on a GPU, against the recurrence in float64 at the shapes of an 8B model;
-hybrids of the toy teachers on each kernel against the same on the torch form.
+"""The kernels of mamba-ssm and fla, and the torch form on a GPU, against the recurrence in float64
+at the shapes of an 8B model; hybrids of the toy teachers on each kernel against the same on the torch form.
 
     pytest -n0 -rPs tests/test_kernels_gpu.py
 
@@ -112,7 +112,7 @@ TOY = dict(qwen3_vl="toy-qwen3vl", internvl="toy-internvl", glm4v="toy-glm4v", m
 
 
 def hybrid_errors(root, family, mixer, backend, dtype, device, monkeypatch):
-    "What the kernel makes of a left-padded batch's logits beside the torch form, and a prefill by kernel with torch steps beside no cache."
+    "Of a left-padded batch's logits: kernel beside torch form; prefill by kernel and torch steps beside no cache."
     teacher, processor = load_teacher(root / "outputs/teachers" / TOY[family], dtype=dtype)
     student = to_hybrid(teacher.to(device), mixer=mixer, init="mamba")
     batch = {key: value.to(device) for key, value in tiny.batch_of(tiny.samples(family), processor).items()}

@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
-from transformers.vision_utils import get_vision_nearest_position_ids
 
 from heed_nb.density import patch_density
 from heed_nb.minicpm import (
@@ -24,27 +23,14 @@ from heed_nb.minicpm import (
     MiniCPMV45Processor,
     MiniCPMV45Resampler,
     MiniCPMVImageProcessor,
-    patch_positions,
     sincos_positions,
     slice_grid,
-    slice_size,
 )
 from heed_nb.teachers import family_of, load_teacher, paper_config
 
 torch.set_num_threads(1)
 QUERIES, PATCH, SCALE = 6, 4, 32
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<unk>",
-    "<image>",
-    "</image>",
-    "<slice>",
-    "</slice>",
-    "<image_id>",
-    "</image_id>",
-]
+SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <unk> <image> </image> <slice> </slice> <image_id> </image_id>".split()
 WORDS = SPECIAL + ["user", "assistant", "what", "stands", "here", "and", "there", *"0123456789", "<", ">", "\n"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
@@ -73,33 +59,26 @@ def processor():
     return MiniCPMV45Processor(images, tiny_tokenizer(chat_template=TEMPLATE))
 
 
+TEXT = dict(
+    vocab_size=len(WORDS),
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.2,
+)
+VISION = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, patch_size=PATCH, image_size=40
+)
+
+
 def tiny_model(seed=0, **fields):
     "A random model whose pad token's embedding is not zero."
     torch.manual_seed(seed)
     model = MiniCPMV45ForConditionalGeneration(
-        MiniCPMV45Config(
-            text_config=dict(
-                vocab_size=len(WORDS),
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                initializer_range=0.2,
-            ),
-            vision_config=dict(
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-                patch_size=PATCH,
-                image_size=40,
-            ),
-            query_num=QUERIES,
-            image_token_id=IMAGE,
-            **fields,
-        )
+        MiniCPMV45Config(text_config=TEXT, vision_config=VISION, query_num=QUERIES, image_token_id=IMAGE, **fields)
     ).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -135,45 +114,6 @@ def batch_of(samples, processor, side="left"):
     return processor(
         text=[text for text, _ in samples], images=images or None, return_tensors="pt", padding=True, padding_side=side
     )
-
-
-# Positions
-
-
-def test_sincos_positions_are_phases():
-    "Sine and cosine of a phase, in complex numbers: columns in the first half, rows in the second."
-    rows, columns, dim = 5, 9, 24
-    frequency = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
-    got = sincos_positions(rows, columns, dim).view(rows, columns, dim).numpy()
-    for i in range(rows):
-        for j in range(columns):
-            x, y = np.exp(1j * j * frequency), np.exp(1j * i * frequency)
-            np.testing.assert_allclose(got[i, j], np.concatenate([x.imag, x.real, y.imag, y.real]), atol=1e-5)
-
-
-def test_patch_positions_are_the_checkpoints_to_the_rounding():
-    "Its arithmetic: tensors of ints divided, steps of arange, strict buckets. The library's own for 4.6 rounds some otherwise."
-
-    def theirs(n, side):
-        return torch.bucketize(
-            torch.arange(0, 1 - 1e-6, 1 / torch.tensor(n, dtype=torch.int32)),
-            torch.arange(1 / side, 1.0, 1 / side),
-            right=True,
-        )
-
-    differ = []
-    for h in range(1, 200):
-        sizes = torch.tensor([[h, 3], [2, h]])
-        expected = [(theirs(a, 70)[:, None] * 70 + theirs(b, 70)).flatten() for a, b in sizes.tolist()]
-        assert torch.equal(patch_positions(sizes, 70), torch.cat(expected))
-        if not torch.equal(patch_positions(sizes, 70), get_vision_nearest_position_ids(sizes, 70)):
-            differ.append(h)
-    assert differ[:5] == [25, 49, 50, 55, 58]
-
-
-def test_patch_positions_of_the_trained_square_are_each_its_own():
-    assert torch.equal(patch_positions(torch.tensor([[32, 32]]), 32), torch.arange(32 * 32))
-    assert torch.equal(patch_positions(torch.tensor([[16, 32]]), 32).view(16, 32)[:, 0], 64 * torch.arange(16))
 
 
 # Resampler
@@ -229,22 +169,7 @@ def pixels_of(sizes):
 @torch.no_grad()
 def test_tower_is_the_librarys_on_each_slice(model):
     "Idefics2's tower on the slice as a picture, with the same weights, gives the patches of the batch."
-    config = model.config.vision_config
-    peer = Idefics2VisionTransformer(
-        Idefics2VisionConfig(
-            **{
-                name: getattr(config, name)
-                for name in (
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_hidden_layers",
-                    "num_attention_heads",
-                    "patch_size",
-                    "image_size",
-                )
-            }
-        )
-    ).eval()
+    peer = Idefics2VisionTransformer(Idefics2VisionConfig(**VISION)).eval()
     peer.load_state_dict(model.model.vpm.state_dict())
     pixels = pixels_of(SIZES)
     lengths = SIZES.prod(-1).tolist()
@@ -255,7 +180,7 @@ def test_tower_is_the_librarys_on_each_slice(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [1, 3, 16])
+@pytest.mark.parametrize("size", [1, 3])
 def test_slices_do_not_see_each_other(size):
     model, pixels = tiny_model(vision_batch_size=size), pixels_of(SIZES)
     model.set_attn_implementation("eager")  # which shows its attention
@@ -267,12 +192,8 @@ def test_slices_do_not_see_each_other(size):
         alone = model.get_image_features(patches, SIZES[i : i + 1], **collect)
         parts = lambda out, i: [out.pooler_output[i], out.token_attentions[i], *(layer[i] for layer in out.attentions)]
         assert_close(parts(together, i), parts(alone, 0), atol=1e-4, rtol=1e-4)
-        assert_close(
-            [layer.split(lengths)[i] for layer in layers],
-            [alone.last_hidden_state, *alone.hidden_states],
-            atol=1e-4,
-            rtol=1e-4,
-        )
+        found = [layer.split(lengths)[i] for layer in layers]
+        assert_close(found, [alone.last_hidden_state, *alone.hidden_states], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -281,33 +202,13 @@ def test_the_last_layer_can_be_dropped():
     names = {name for name in whole.state_dict() if name.startswith("model.vpm.encoder.layers.2.")}
     assert names and whole.state_dict().keys() - dropped.state_dict().keys() == names
     dropped.load_state_dict({name: p for name, p in whole.state_dict().items() if name not in names})
-    whole.model.vpm.encoder.layers[2].self_attn.out_proj.weight.zero_()
-    whole.model.vpm.encoder.layers[2].self_attn.out_proj.bias.zero_()
-    whole.model.vpm.encoder.layers[2].mlp.fc2.weight.zero_()
-    whole.model.vpm.encoder.layers[2].mlp.fc2.bias.zero_()
+    last = whole.model.vpm.encoder.layers[2]
+    for p in (*last.self_attn.out_proj.parameters(), *last.mlp.fc2.parameters()):
+        p.zero_()
     assert_close(*(m.get_image_features(pixels_of(SIZES), SIZES).pooler_output for m in (whole, dropped)))
 
 
 # Images
-
-
-@pytest.mark.parametrize(
-    "width, height, most, rows, columns",
-    [
-        (448, 448, 9, 0, 0),
-        (100, 30, 9, 0, 0),
-        (1000, 500, 1, 0, 0),  # worth one slice, or not to be sliced
-        (500, 500, 9, 2, 1),  # 1.2: two, of equals the first
-        (1000, 500, 9, 1, 2),  # 2.5: of two, three, four the row of two is it exactly
-        (500, 1000, 9, 2, 1),
-        (1344, 1344, 9, 3, 3),  # 9 exactly
-        (3000, 2000, 9, 2, 4),  # 29.9: eight or nine; log 1.5 is nearer to log 2 than to log 1
-        (3000, 2000, 6, 2, 3),  # five or six: exactly
-        (5000, 400, 9, 1, 9),  # 10: a row of nine
-    ],
-)
-def test_slice_grids_worked_by_hand(width, height, most, rows, columns):
-    assert slice_grid((height, width), 448, most) == (rows, columns)
 
 
 def test_slice_grids_are_those_of_the_next_version():
@@ -315,12 +216,6 @@ def test_slice_grids_are_those_of_the_next_version():
     peer, generator = MiniCPMV4_6ImageProcessorPil(), torch.Generator().manual_seed(0)
     for height, width in torch.randint(20, 3000, (2000, 2), generator=generator).tolist():
         assert list(slice_grid((height, width), 448, 9)) == (peer.get_sliced_grid((height, width), 9, 448) or [0, 0])
-
-
-def test_slice_sizes_worked_by_hand():
-    assert slice_size((300, 400), 448, 14) == (392, 518)  # int(448 / sqrt(4 / 3)) = 387, and 516: 27.6 and 36.9 patches
-    assert slice_size((300, 1200), 448, 14) == (224, 896)  # 448 / 2 and 448 * 2
-    assert slice_size((1, 160), 20, 14) == (14, 154)  # 1 and 160: a patch at least, 11.4
 
 
 def test_pixels_are_pillows():
@@ -341,13 +236,6 @@ def test_pixels_are_pillows():
         for j in range(0, piece.width, PATCH)
     ]
     assert_close(out["pixel_values"], torch.from_numpy(np.stack(patches)), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_other_kinds_of_images(mode, processor):
-    image = picture(20, 30).convert(mode)
-    expected = processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    assert_close(processor.image_processor(image, return_tensors="pt")["pixel_values"], expected)
 
 
 # Text and images
@@ -386,33 +274,21 @@ def test_placeholders_without_numbers(processor):
 
 def test_chats(processor, samples):
     "The tokenizer's template takes strings; images and texts become its lines."
+    text = dict(type="text", text="what")
     chats = [
-        [
-            dict(
-                role="user",
-                content=[*(dict(type="image", image=image) for image in images), dict(type="text", text="what")],
-            )
-        ]
+        [dict(role="user", content=[*(dict(type="image", image=image) for image in images), text])]
         for _, images in samples
     ]
     rendered = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     assert rendered[2] == "<|im_start|>user <unk>\n<unk>\nwhat<|im_end|><|im_start|>assistant "
-    assert (
-        processor.apply_chat_template([{"role": "user", "content": "what"}], tokenize=False)
-        == "<|im_start|>user what<|im_end|>"
-    )
-    out = processor.apply_chat_template(
-        chats,
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=dict(padding=True, padding_side="left"),
-    )
+    plain = processor.apply_chat_template([{"role": "user", "content": "what"}], tokenize=False)
+    assert plain == "<|im_start|>user what<|im_end|>"
+    how = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    padding = dict(padding=True, padding_side="left")
+    out = processor.apply_chat_template(chats, add_generation_prompt=True, processor_kwargs=padding, **how)
     expected = batch_of([(text, images) for text, (_, images) in zip(rendered, samples)], processor)
     assert all(torch.equal(out[name], expected[name]) for name in expected)
-    texts = processor.apply_chat_template([chats[0]], tokenize=True, return_dict=True, return_tensors="pt")
-    assert "pixel_values" not in texts
+    assert "pixel_values" not in processor.apply_chat_template([chats[0]], **how)
 
 
 def test_processor_loads_as_saved(processor, samples, tmp_path):
@@ -505,7 +381,7 @@ def test_an_image_touches_its_own_sample_from_its_place_on(model, processor, sam
 
 
 @pytest.mark.parametrize(
-    "how", [dict(), dict(num_beams=3), dict(cache_implementation="static"), dict(prefill_chunk_size=5)], ids=str
+    "how", [dict(), dict(num_beams=3, cache_implementation="static"), dict(prefill_chunk_size=5)], ids=str
 )
 @torch.no_grad()
 def test_generation_with_a_cache_is_generation_without(model, processor, samples, how):
@@ -538,28 +414,11 @@ def test_gradients_reach_every_part(processor, samples):
 
 def test_what_the_model_refuses(model, processor, samples):
     batch = dict(batch_of(samples, processor))
+    pixels, none = {name: batch[name] for name in ("pixel_values", "tgt_sizes")}, torch.zeros(1, 2, 32)
     fails("must come together", model, **batch | dict(tgt_sizes=None))
-    n = len(batch["pixel_values"])
-    fails(
-        f"pixel_values holds {n - 1} patches, but tgt_sizes gives {n}",
-        model,
-        **batch | dict(pixel_values=batch["pixel_values"][1:]),
-    )
-    fails(
-        "the images make 54 tokens, but the text has 6 for them",
-        model,
-        **batch | dict(input_ids=batch["input_ids"][:2], attention_mask=None),
-    )
-    fails(
-        "the images make 54 tokens, but the text has 0 for them",
-        model,
-        inputs_embeds=torch.zeros(1, 2, 32),
-        pixel_values=batch["pixel_values"],
-        tgt_sizes=batch["tgt_sizes"],
-    )
+    fails("the images make 54 tokens, but the text has 0 for them", model, inputs_embeds=none, **pixels)
     for given in (dict(), dict(input_ids=batch["input_ids"], inputs_embeds=torch.zeros(4, 2, 32))):
         fails("give either input_ids or inputs_embeds", model, **given)
-    fails("MiniCPM-V 2.6 is not supported, only 4.5", MiniCPMV45Config, version=2.6)
 
 
 # Saving and loading
@@ -571,11 +430,8 @@ def test_saves_and_loads_under_the_checkpoints_names(model, processor, samples, 
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as f:
         names = set(f.keys())
-    assert len(names) == len(model.state_dict()) and {name.split(".")[0] for name in names} == {
-        "llm",
-        "vpm",
-        "resampler",
-    }
+    assert len(names) == len(model.state_dict())
+    assert {name.split(".")[0] for name in names} == {"llm", "vpm", "resampler"}
     assert {
         "llm.model.layers.0.self_attn.q_proj.weight",
         "llm.lm_head.weight",
@@ -607,53 +463,23 @@ def test_reads_the_public_configuration(model, processor, samples, tmp_path):
     "Text fields at the top level, the classes of the remote code named: loaded without it, and written nested."
     batch, text = batch_of(samples, processor), model.config.text_config.to_dict()
     model.save_pretrained(tmp_path)
-    flat = {
-        name: text[name]
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "rms_norm_eps",
-            "max_position_embeddings",
-            "tie_word_embeddings",
-        )
-    }
-    vision = {
-        name: getattr(model.config.vision_config, name)
-        for name in (
-            "hidden_size",
-            "image_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_hidden_layers",
-            "patch_size",
-        )
-    }
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            dict(
-                architectures=["MiniCPMV"],
-                model_type="minicpmv",
-                version="4.5",
-                auto_map=dict(
-                    AutoConfig="configuration_minicpm.MiniCPMVConfig", AutoModel="modeling_minicpmv.MiniCPMV"
-                ),
-                rope_theta=10000,
-                rope_scaling=None,
-                **flat,
-                vision_config=vision | dict(model_type="siglip"),
-                slice_config=dict(max_slice_nums=9, model_type="minicpmv"),
-                query_num=QUERIES,
-                image_token_id=IMAGE,
-                use_cache=True,
-                torch_dtype="bfloat16",
-            )
-        )
+    public = dict(
+        architectures=["MiniCPMV"],
+        model_type="minicpmv",
+        version="4.5",
+        auto_map=dict(AutoConfig="configuration_minicpm.MiniCPMVConfig", AutoModel="modeling_minicpmv.MiniCPMV"),
+        rope_theta=10000,
+        rope_scaling=None,
+        **{name: text[name] for name in TEXT if name != "initializer_range"},
+        **{name: text[name] for name in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")},
+        vision_config=VISION | dict(model_type="siglip"),
+        slice_config=dict(max_slice_nums=9, model_type="minicpmv"),
+        query_num=QUERIES,
+        image_token_id=IMAGE,
+        use_cache=True,
+        torch_dtype="bfloat16",
     )
+    (tmp_path / "config.json").write_text(json.dumps(public))
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert_close(loaded(**batch).logits, model(**batch).logits)
     loaded.save_pretrained(tmp_path)
@@ -675,61 +501,30 @@ def test_tied_embeddings_stay_tied(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_decoder_and_head_are_the_model(processor, samples, side, dtype):
-    model, batch = tiny_model().to(dtype), batch_of(samples, processor, side)
-    family = family_of(model)
-    inputs = family.language_inputs(model, batch)
-    assert torch.equal(
-        family.lm_head(model)(family.decoder(model)(**inputs.kwargs).last_hidden_state), model(**batch).logits
-    )
+def test_language_inputs_hold_a_slices_features_and_weights(model, processor, samples):
+    batch = batch_of(samples, processor)
+    inputs = family_of(model).language_inputs(model, batch)
     assert [f.shape[:2] for f in inputs.patch_features] == [tuple(size) for size in batch["tgt_sizes"].tolist()]
     assert all(weights.dtype == torch.float32 for weights in inputs.patch_weights)
     assert_close(torch.cat([weights.sum(-1) for weights in inputs.patch_weights]), torch.ones(9 * QUERIES))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_density_of_a_token_is_the_mean_of_what_it_looks_at(model, processor, samples, side):
+def test_density_of_a_token_is_the_mean_of_what_it_looks_at(model, processor, samples):
     "Each slice alone: its patches' density (Eq. 2), under the attention of the plain resampler."
-    family, batch = family_of(model), batch_of(samples, processor, side)
+    family, batch = family_of(model), batch_of(samples, processor)
     density = family.density(family.language_inputs(model, batch))
     visual = batch["input_ids"] == IMAGE
     assert not density[~visual].any()
     expected = []
-    for patches, (rows, columns) in zip(
-        batch["pixel_values"].split(batch["tgt_sizes"].prod(-1).tolist()), batch["tgt_sizes"].tolist()
-    ):
-        features = model.get_image_features(patches, torch.tensor([[rows, columns]])).last_hidden_state
-        expected.append(
-            plain_resampler(model.model.resampler, features, rows, columns)[1]
-            @ patch_density(features.view(rows, columns, -1)).flatten()
-        )
+    sizes = batch["tgt_sizes"]
+    for patches, size in zip(batch["pixel_values"].split(sizes.prod(-1).tolist()), sizes):
+        features, (rows, columns) = model.get_image_features(patches, size[None]).last_hidden_state, size.tolist()
+        seen = plain_resampler(model.model.resampler, features, rows, columns)[1]
+        expected.append(seen @ patch_density(features.view(rows, columns, -1)).flatten())
     assert_close(density[visual], torch.cat(expected), atol=1e-5, rtol=1e-4)
-    fails(
-        "reduce must be 'mean' with a resampler, got 'max'",
-        family.density,
-        family.language_inputs(model, batch),
-        reduce="max",
-    )
-
-
-def test_tokens_and_slices_must_match(model, processor, samples):
-    family, batch = family_of(model), dict(batch_of(samples, processor))
-
-    def broken(match, **changes):
-        fails(match, family.language_inputs, model, batch | changes)
-
-    broken("the text has image tokens for 9 slices, but there are pixels for 8", tgt_sizes=batch["tgt_sizes"][1:])
-    broken("the text has image tokens for 9 slices, but there are pixels for 0", tgt_sizes=None, pixel_values=None)
-    broken("pixel_values and tgt_sizes must come together", tgt_sizes=None)
-    broken("tgt_sizes gives", pixel_values=batch["pixel_values"][1:])
-    first = (batch["input_ids"] == IMAGE).nonzero()[0]
-    broken(
-        "slice 0 has 5 tokens in the text, but the resampler makes 6",
-        input_ids=batch["input_ids"].index_put((first[:1], first[1:]), torch.tensor(0)),
-    )
+    inputs = family.language_inputs(model, batch)
+    fails("reduce must be 'mean' with a resampler, got 'max'", family.density, inputs, reduce="max")
 
 
 def test_load_teacher_takes_the_public_files(model, processor, samples, tmp_path):

@@ -18,17 +18,14 @@ import nbformat
 import pytest
 
 import heed_nb
-from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, Scale
+from heed_nb.conditions import BENCHMARKS, Scale
 from heed_nb.files import locked, write_file
 from heed_nb.results import (
     LADDER,
-    PAPER,
     asked_runs,
     budget_figure,
     code_version,
-    contrast,
     ladder_figure,
-    legend,
     paper_checks,
     paper_table,
     parse_run_name,
@@ -37,8 +34,6 @@ from heed_nb.results import (
     read_runs,
     run_name,
     scores,
-    sentence,
-    verdict,
     write_run,
 )
 
@@ -97,13 +92,13 @@ def write_for_ever(path):
 def test_killed_while_writing(tmp_path):
     path = tmp_path / run_name("C4", 0, 1000) / "distill.json"
     rng = random.Random(0)
-    for _ in range(8):
+    for _ in range(3):
         process = FORK.Process(target=write_for_ever, args=(path,))
         process.start()
         while not path.exists():
             assert process.is_alive()
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.join()
         (run,) = read_runs(tmp_path, "distill")
@@ -139,7 +134,7 @@ def test_a_writer_removes_what_a_killed_one_left_and_nothing_of_a_live_one(tmp_p
         assert names() == ["lock", "theirs"]
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+@pytest.mark.parametrize("umask", [0o002, 0o077])
 def test_a_file_has_the_permissions_of_the_umask(tmp_path, umask):
     earlier = os.umask(umask)
     try:
@@ -200,15 +195,6 @@ def test_code_outside_git_has_no_commit(tmp_path, monkeypatch):
 # The paper
 
 
-def test_averages_by_hand():
-    with open(PAPER / "table_04.csv", newline="") as file:
-        rows = {row["row"]: row for row in csv.DictReader(file)}
-    for column in ("C0", "C1+", "C2+", "C3+", "C4+"):
-        six, ten = ([float(rows[key][column]) for key in keys] for keys in (FINE_GRAINED, BENCHMARKS))
-        assert f"{statistics.mean(six):.2f}" == rows["fine_grained"][column]
-        assert f"{statistics.mean(ten):.2f}" == rows["average"][column]
-
-
 def test_where_the_paper_differs_from_itself():
     checks = paper_checks()
     differ = {(line.place, line.says, line.recomputed) for line in checks[~checks.agrees].itertuples()}
@@ -232,10 +218,8 @@ def test_where_the_paper_differs_from_itself():
     [
         (2, "reasoning", "C2+", "69.48"),
         (5, "chartqa", "C5", "85.6"),
-        (5, "mathvista", "C6", "77.9"),
         (6, "GLM-4.6V-Flash (9B)", "C4+", "61.2"),
         (7, "C5", "gpu_hours_2b_tokens", "260"),
-        (8, "+SL", "ocrbench_v2", "58.1"),
         (9, "C4-C3", "fine_grained_spread", "0.37"),
         (11, "peak learning rate", "dpo", "1e-6"),
         ("A.8", "25", "density", "58.0"),
@@ -248,7 +232,7 @@ def test_transcription(number, row, column, value):
 # Tables from runs
 
 
-@pytest.mark.parametrize("teacher", [None, "toy-glm4v", "InternVL3_5-8B-HF", "C0", "C4-seed0-budget7"])
+@pytest.mark.parametrize("teacher", [None, "InternVL3_5-8B-HF", "C4-seed0-budget7"])
 @pytest.mark.parametrize(
     "condition, seed, budget",
     [("C0", None, None), ("C4", 0, 1), ("C4-shuffled", 12, 200000), ("-Density", 1, 5), ("+LD", 0, 5)],
@@ -273,20 +257,6 @@ def made_up(folder, conditions=LADDER, seeds=(0, 1, 2), budgets=(1000, 2000), se
                 {"scores": measured, "n": dict.fromkeys(BENCHMARKS, 100)},
             )
     return folder
-
-
-def test_contrast_is_paired_by_seed(tmp_path):
-    runs = read_runs(made_up(tmp_path))
-    fine = {run["name"]: statistics.mean(run["numbers"]["scores"][key] for key in FINE_GRAINED) for run in runs}
-    delta = [fine[run_name("C4", s, 2000)] - fine[run_name("C3", s, 2000)] for s in range(3)]
-    (tmp_path / run_name("C3", 1, 2000) / "evaluate.json").unlink()
-    for seeds in ((0, 1, 2), (0, 2)):
-        table = scores([run for run in runs if seeds == (0, 1, 2) or (run["condition"], run["seed"]) != ("C3", 1)])
-        c = contrast(table[table.token_budget == 2000], "C4", "C3", "fine_grained")
-        d = [delta[s] for s in seeds]
-        assert c["n"] == len(seeds)
-        assert c["mean"] == pytest.approx(statistics.mean(d))
-        assert c["se"] == pytest.approx(statistics.stdev(d) / len(d) ** 0.5)
 
 
 def notebook(root, name, **parameters):
@@ -357,29 +327,20 @@ def test_table_1_of_a_part(paper, tmp_path, conditions):
     "page, given",
     [
         ("table_01", dict(conditions=["C4"])),
-        ("table_01", dict(seeds=[1])),
-        ("table_01", dict(runs="elsewhere")),
         ("figure_01", dict(token_budget=5)),
         ("claims", dict(runs="elsewhere")),
         ("table_01_budgets", dict(seeds=[0])),
-        ("table_05", dict(conditions=["C0", "C4"])),
         ("table_06", dict(teachers=["outputs/teachers/toy-glm4v"])),
-        ("table_09", dict(seeds=[1])),
         ("table_08", dict(side_conditions=[])),
         ("figure_06", dict(pair=["C1", "C4"])),
-        ("figure_a8", dict(seeds=[0])),
         ("open_points", dict(choices=["init=mamba"])),
         ("figure_03", dict(condition="C4")),
-        ("figure_02", dict(teacher="outputs/teachers/toy-glm4v")),
-        ("table_03_runs", dict(conditions=["C0", "C1"])),
     ],
 )
 def test_a_part_of_a_page_has_a_folder_of_its_own(paper, root, page, given):
     ((name, value),) = given.items()
-    with pytest.raises(
-        ValueError,
-        match=rf"^({name} {re.escape(repr(value))} makes another {page} than scale smoke's: give its folder as `out`|side_conditions is \[\]; .*)$",
-    ):
+    another = f"{name} {value!r} makes another {page} than scale smoke's: give its folder as `out`"
+    with pytest.raises(ValueError, match=rf"^({re.escape(another)}|side_conditions is \[\]; .*)$"):
         paper(page, scale="smoke", **given)
     assert not (root / "outputs/smoke/tables").exists()
 
@@ -429,19 +390,16 @@ def test_table_5_by_hand(paper, tmp_path):
     runs_with(
         tmp_path / "runs", {("C0", None): 90, ("C4", 0): 60, ("C4", 1): 70, ("C6", 0): 66, ("C6", 1): 71, ("C3", 0): 1}
     )
-    paper(
-        "table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, seeds=[0, 1], conditions=["C0", "C4", "C6"]
-    )
-    text = (tmp_path / "tables" / "table_05.md").read_text()
+    page = lambda **given: [
+        paper("table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, **given),
+        (tmp_path / "tables/table_05.md").read_text(),
+    ][1]
+    text = page(seeds=[0, 1], conditions=["C0", "C4", "C6"])
     assert cell(text, "OCRBench v2", "C6 HEED-GDN") == "68.5 ± 3.5"
     assert cell(text, "OCRBench v2", "C5 HEED-G") == "" and "*59.8*" in text and "Not run: C5." in text
-    assert (
-        "C6 does not clearly beat C4 on OCRBench v2: +3.50 ± 2.50 points (mean ± SE, 2 seeds; ahead in 2 of 2). The paper has +0.70."
-        in text
-    )
-    assert "Missing" not in text and "C3" not in text
-    paper("table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, seeds=[0, 2], conditions=["C0", "C6"])
-    assert "**Missing**: C6-seed2-budget2000." in (tmp_path / "tables" / "table_05.md").read_text()
+    said = "C6 does not clearly beat C4 on OCRBench v2: +3.50 ± 2.50 points (mean ± SE, 2 seeds; ahead in 2 of 2). "
+    assert said + "The paper has +0.70." in text and "Missing" not in text and "C3" not in text
+    assert "**Missing**: C6-seed2-budget2000." in page(seeds=[0, 2], conditions=["C0", "C6"])
 
 
 def test_the_curves_of_tables_5_and_6(paper, tmp_path):
@@ -454,42 +412,19 @@ def test_the_curves_of_tables_5_and_6(paper, tmp_path):
             budget=budget,
         )
     runs_with(runs, {("C0", None): 80, ("C3", 0): 30, ("C4", 0): 45}, "toy-glm4v", "glm4v", budget=1000)
-    paper(
-        "table_05",
-        runs=runs,
-        out=tmp_path,
-        token_budget=2000,
-        side_budgets=[1000],
-        seeds=[0, 1],
-        conditions=["C0", "C4", "C6"],
-    )
+    given = dict(runs=runs, out=tmp_path, token_budget=2000, side_budgets=[1000])
+    paper("table_05", **given, seeds=[0, 1], conditions=["C0", "C4", "C6"])
     text = (tmp_path / "tables" / "table_05.md").read_text()
     table, curve = text.split("## Over token budgets")
     assert cell(table, "OCRBench v2", "C6 HEED-GDN") == "50.5 ± 0.7" and "Missing" not in text
-    assert (
-        cell(curve, "C6", "1,000") == "40.5 ± 0.7"
-        and cell(curve, "C6", "2,000") == "50.5 ± 0.7"
-        and cell(curve, "C4", "2,000") == "40.5 ± 0.7"
-    )
+    assert [cell(curve, "C6", budget) for budget in ("1,000", "2,000")] == ["40.5 ± 0.7", "50.5 ± 0.7"]
+    assert cell(curve, "C4", "2,000") == "40.5 ± 0.7"
     assert "C6 against C4: On OCRBench v2, C6 beats C4 at 2,000; no clear difference at 1,000 tokens." in text
-    paper(
-        "table_06",
-        runs=runs,
-        out=tmp_path,
-        token_budget=2000,
-        side_budgets=[1000],
-        seeds=[0],
-        conditions=["C0", "C3", "C4"],
-    )
-    text = (tmp_path / "tables" / "table_06.md").read_text()
-    assert (
-        "toy-glm4v: Only one token budget was run. On OCRBench v2, C4 is ahead of C3 with one seed at 1,000 tokens."
-        in text
-    )
-    assert (
-        "toy-glm4v/C3-seed0-budget2000" in text.partition("**Missing**")[2]
-        and "toy-glm4v/C3-seed0-budget1000" not in text.partition("**Missing**")[2]
-    )
+    paper("table_06", **given, seeds=[0], conditions=["C0", "C3", "C4"])
+    text, _, missing = (tmp_path / "tables" / "table_06.md").read_text().partition("**Missing**")
+    said = "toy-glm4v: Only one token budget was run. On OCRBench v2, C4 is ahead of C3 with one seed at 1,000 tokens."
+    assert said in text + missing
+    assert "toy-glm4v/C3-seed0-budget2000" in missing and "toy-glm4v/C3-seed0-budget1000" not in missing
     for name in ("table_05", "table_06"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -505,31 +440,24 @@ def test_table_6_by_hand(paper, tmp_path):
     with open(tmp_path / "tables" / "table_06.csv", newline="") as file:
         rows = {(row["teacher"], row["family"], row["column"]): row for row in csv.DictReader(file)}
     text = (tmp_path / "tables" / "table_06.md").read_text()
-    number = lambda *key: tuple(float(rows[key][name] or "nan") for name in ("mean", "sd", "se", "n", "paper"))
-    spread = statistics.stdev([0, 1, 4])
-    assert number("toy-qwen3vl", "qwen3_vl", "C4") == pytest.approx(
-        (80 + 5 / 3, spread, float("nan"), 3, 59.2), abs=1e-4, nan_ok=True
-    )
-    assert number("toy-qwen3vl", "qwen3_vl", "C4-C3") == pytest.approx(
-        (10, float("nan"), 0, 3, 4.7), abs=1e-4, nan_ok=True
-    )
-    assert number("toy-glm4v", "glm4v", "C3") == pytest.approx((41, float("nan"), float("nan"), 1, 55.0), nan_ok=True)
-    assert number("toy-glm4v", "glm4v", "C4-C3") == pytest.approx((-2, float("nan"), float("nan"), 1, 3.7), nan_ok=True)
-    assert number("toy-glm4v", "glm4v", "C2") == pytest.approx((float("nan"),) * 3 + (0, 54.3), nan_ok=True)
-    assert number("", "minicpmv", "C0") == pytest.approx((float("nan"),) * 3 + (0, 58.8), nan_ok=True)
-    assert (
-        cell(text, "toy-qwen3vl", "C4 HEED") == f"{80 + 5 / 3:.1f} ± {spread:.1f}"
-        and cell(text, "toy-glm4v", "C4 – C3") == "-2.0 (n=1)"
-    )
-    assert (
-        "toy-glm4v/C2-seed0-budget2000" in text.partition("**Missing**")[2]
-        and "toy-internvl/C0" in text.partition("**Missing**")[2]
-    )
+    given = lambda *key: [float(rows[key][name] or "nan") for name in ("mean", "sd", "se", "n", "paper")]
+    nan, spread = float("nan"), statistics.stdev([0, 1, 4])
+    for key, expected in {
+        ("toy-qwen3vl", "qwen3_vl", "C4"): [80 + 5 / 3, spread, nan, 3, 59.2],
+        ("toy-qwen3vl", "qwen3_vl", "C4-C3"): [10, nan, 0, 3, 4.7],
+        ("toy-glm4v", "glm4v", "C3"): [41, nan, nan, 1, 55.0],
+        ("toy-glm4v", "glm4v", "C4-C3"): [-2, nan, nan, 1, 3.7],
+        ("toy-glm4v", "glm4v", "C2"): [nan, nan, nan, 0, 54.3],
+        ("", "minicpmv", "C0"): [nan, nan, nan, 0, 58.8],
+    }.items():
+        assert given(*key) == pytest.approx(expected, abs=1e-4, nan_ok=True), key
+    assert cell(text, "toy-qwen3vl", "C4 HEED") == f"{80 + 5 / 3:.1f} ± {spread:.1f}"
+    assert cell(text, "toy-glm4v", "C4 – C3") == "-2.0 (n=1)"
+    missing = text.partition("**Missing**")[2]
+    assert "toy-glm4v/C2-seed0-budget2000" in missing and "toy-internvl/C0" in missing
     assert "toy-internvl: C4 against C3 on OCRBench v2: no seed has both." in text
-    assert (
-        "toy-glm4v: C4 is level with C3 on OCRBench v2: -2.00 points (one seed" in text
-        and "The paper has +3.7 on GLM-4.6V-Flash (9B)." in text
-    )
+    assert "toy-glm4v: C4 is level with C3 on OCRBench v2: -2.00 points (one seed" in text
+    assert "The paper has +3.7 on GLM-4.6V-Flash (9B)." in text
     assert "positive on 1 of 2 teachers; C4 beats C3, or is ahead of it with one seed, on 1." in text
     assert next(line for line in text.splitlines() if "MiniCPM-V 4.5" in line).split("|")[1].strip() == "not run"
 
@@ -567,36 +495,12 @@ def test_curve_and_figure(paper, tmp_path, budgets, says):
         namespace = paper(name, runs=tmp_path / "runs", out=tmp_path, **given)
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert says in (tmp_path / "tables" / "table_01_budgets.md").read_text()
-    assert (
-        "a loss of 13.3 points on OCRBench v2 for C1, of which C4 recovers 4.7 over C3"
-        in (tmp_path / "tables" / "figure_01.md").read_text()
-    )
-    drawn = (
-        ladder_figure(namespace["cells"]),
-        budget_figure(
-            {"a": namespace["measured"]}
-            if "measured" in namespace
-            else {"a": scores(namespace["found"]).query("row == 'average'")}
-        ),
-    )
-    assert all(figure.axes[0].get_ylim()[1] > 102 for figure in drawn)  # a spread at 100 is not cut
-
-
-def test_verdicts_are_by_students_interval(tmp_path):
-    "Three seeds: 2.5 standard errors from 0, within Student's interval, which the claims judge by, too."
-    runs_with(
-        tmp_path, {(c, s): 50 + (c == "C4") * (10 + gap) for c in ("C3", "C4") for s, gap in enumerate((-4, -3, 7))}
-    )
-    c = contrast(scores(read_runs(tmp_path)), "C4", "C3", "ocrbench_v2")
-    assert 2 < c["mean"] / c["se"] < 4.3 and verdict(c) == "no clear difference"
-    assert verdict(c | dict(mean=4.4 * c["se"])) == "beats" and "C4 trails C3" in (
-        trails := sentence(c | dict(mean=-4.4 * c["se"]))
-    )
-    assert '"trails" where it lies below 0' in legend(trails) and "beats" not in legend(trails) and legend("") == ""
-
-
-def test_no_page_needs_tabulate(root):
-    assert not [path.name for path in (root / "nbs/paper").glob("*.ipynb") if "to_markdown" in path.read_text()]
+    lost = "a loss of 13.3 points on OCRBench v2 for C1, of which C4 recovers 4.7 over C3"
+    assert lost in (tmp_path / "tables" / "figure_01.md").read_text()
+    curve = namespace.get("measured", namespace.get("found"))
+    curve = curve if "measured" in namespace else scores(curve).query("row == 'average'")
+    for figure in (ladder_figure(namespace["cells"]), budget_figure({"a": curve})):
+        assert figure.axes[0].get_ylim()[1] > 102  # a spread at 100 is not cut
 
 
 @pytest.mark.parametrize(
@@ -664,25 +568,6 @@ def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
     assert [p.name for p in target.parent.iterdir()] == ["toy"]
     monkeypatch.undo()
     assert (publish("toy", tmp_path) / "tables" / "table_01.md").read_text() == "second"
-
-
-@pytest.mark.parametrize(
-    "lost",
-    ["tables/table_01.md", "figures/figure_01.png", "claims.md", f"runs/{run_name('C3', 0, 1000)}/evaluate.json"],
-)
-def test_less_than_is_published_is_not_published(tmp_path, lost):
-    made_up(tmp_path / "toy" / "runs", seeds=(0,), budgets=(1000,))
-    for name in ("tables/table_01.md", "figures/figure_01.png", "claims.md"):
-        write_file(tmp_path / "toy" / name, "whole")
-    target = publish("toy", tmp_path)
-    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-    (tmp_path / "toy" / lost).unlink()
-    with pytest.raises(
-        ValueError,
-        match=rf"toy lacks 1 of the 8 files that .* has, {re.escape(lost)} among them; complete it, or remove .*published/toy first$",
-    ):
-        publish("toy", tmp_path)
-    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("scale", ["", ".", "..", "published/toy", "toy/../teachers", "/toy"])

@@ -113,9 +113,9 @@ def test_density_of_a_batch_is_that_of_its_pages(teacher, processor, samples, se
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", IN_BLOCKS, scope="module")
-@pytest.mark.parametrize("corner", [(0, 0), (2, 0), (0, 3), (3, 3), (1, 2)])
+@pytest.mark.parametrize("corner", [(0, 3), (2, 0), (1, 2)])
 def test_density_peaks_where_the_mark_is(name, teacher, processor, see, corner):
-    "A mark in one token's cell of a 4 x 4 page, found at that token's position in the sequence; in tiles, at its tile's."
+    "A mark in one token's cell of a 4 x 4 page, found at that token's position; in tiles, at its tile's."
     row, column = corner
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).rectangle(
@@ -143,47 +143,6 @@ def fails(match, call, *args, **kwargs):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", BLOCK_TOWERS, scope="module")
-def test_tokens_pixels_and_grids_must_match(teacher, processor, samples):
-    batch, family = batch_of(samples, processor), family_of(teacher)
-    grids = batch["image_grid_thw"]  # 8x6, 4x12, 8x6, 8x8
-
-    def broken(match, **changes):
-        fails(match, family.language_inputs, teacher, batch | changes)
-
-    broken(
-        "image 2 has 12 tokens in the text, but its grid of 8x8 patches makes 16", image_grid_thw=grids[[0, 1, 3, 2]]
-    )
-    broken("7x6 patches does not divide into 2x2", image_grid_thw=torch.tensor([[1, 7, 6], *grids[1:].tolist()]))
-    broken("image 0 has 2 frames", image_grid_thw=grids * torch.tensor([2, 1, 1]))
-    broken("tokens for 4 images, but there are pixels for 5", image_grid_thw=grids[[0, 1, 2, 3, 3]])
-    broken("pixel_values holds 207 patches, but image_grid_thw gives 208", pixel_values=batch["pixel_values"][:-1])
-    broken("must come together", image_grid_thw=None)
-    broken(
-        "image 3 has 15 tokens",
-        input_ids=torch.cat([batch["input_ids"][:, :-2], batch["input_ids"][:, -1:]], 1),
-        attention_mask=batch["attention_mask"][:, 1:],
-        mm_token_type_ids=batch["mm_token_type_ids"][:, 1:],
-    )
-
-
-@pytest.mark.parametrize("name", ["internvl"], scope="module")
-def test_tokens_and_tiles_must_match(teacher, processor, samples):
-    batch, family = batch_of(samples, processor), family_of(teacher)
-    tiles, pixels = len(batch["pixel_values"]), batch["pixel_values"]
-
-    def broken(match, **changes):
-        fails(match, family.language_inputs, teacher, batch | changes)
-
-    broken(f"tokens for {tiles} tiles, but there are pixels for {tiles - 1}", pixel_values=pixels[1:])
-    broken(f"tokens for {tiles} tiles, but there are pixels for 0", pixel_values=None)
-    broken(r"tiles of \(32, 16\) pixels, the model takes \(32, 32\)", pixel_values=pixels[..., :16])
-    broken(
-        "image 3 has 19 tokens in the text, not a multiple of the 4 of a tile",
-        input_ids=torch.cat([batch["input_ids"][:, :-2], batch["input_ids"][:, -1:]], 1),
-    )
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     @cache
@@ -201,10 +160,6 @@ def folder(name, saved, tmp_path):
     return shutil.copytree(saved(name), tmp_path / "teacher")
 
 
-def change(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def test_load_teacher_gives_back_what_was_saved(folder, name, teacher, processor, samples):
     model, loaded = load_teacher(folder)
     assert not model.training and type(model) is type(teacher) and type(loaded) is family_class(name).processor_class
@@ -217,11 +172,11 @@ def test_load_teacher_gives_back_what_was_saved(folder, name, teacher, processor
 @pytest.mark.parametrize("name", IN_BLOCKS, scope="module")
 def test_reads_the_files_of_a_stock_processor(folder, processor, samples):
     "As one that was saved where torchvision is: other class names, and a video processor beside."
-    path = folder / "processor_config.json"
-    images = json.loads(path.read_text())["image_processor"]
+    images = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     stock = images["image_processor_type"].removesuffix("Pil")
-    change(
-        path,
+    put(
+        folder,
+        "processor_config.json",
         processor_class=type(processor).__bases__[1].__name__,
         image_processor=images | dict(image_processor_type=stock),
         video_processor=dict(video_processor_type=stock.replace("Image", "Video")),
@@ -266,59 +221,38 @@ def test_tensors_are_compared_before_a_weight_is_read(folder, monkeypatch):
     assert devices == ["meta"]
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
-@pytest.mark.parametrize("kept", [0, 7, 100, -1])
-def test_load_teacher_names_truncated_weights(folder, kept):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    fails(r"model\.safetensors is truncated or damaged", load_teacher, folder)
-
-
 def without_image_token(folder, name):
     for path in folder.glob("tokenizer*"):
         path.write_text(path.read_text().replace(tiny.TINY[name].special[0], "<|picture|>"))
 
 
-@pytest.mark.parametrize(
-    "match, fault",
-    [
-        ("has no config.json", lambda folder, _: (folder / "config.json").unlink()),
-        (
-            "unsupported model type 'llama'; one of qwen3_vl",
-            lambda folder, _: change(folder / "config.json", model_type="llama"),
-        ),
-        ("has no model.safetensors", lambda folder, _: (folder / "model.safetensors").unlink()),
-        (
-            "has no model-2.safetensors",
-            lambda folder, _: write_json(
-                folder / "model.safetensors.index.json",
-                dict(weight_map=dict(a="model.safetensors", b="model-2.safetensors")),
-            ),
-        ),
-        (
-            r"(8|12) tensors are missing or of another shape, first .*mlp",
-            lambda folder, _: put(folder / "config.json", "text_config.intermediate_size", 100),
-        ),
-        ("tokenizer or processor files .* can't be used", lambda folder, _: (folder / "tokenizer.json").unlink()),
-        ("can't be used: the tokenizer has no image token '.*'", without_image_token),
-        (r"has image token \d+, its model 7", lambda folder, _: change(folder / "config.json", image_token_id=7)),
-        (
-            "can't be used: the chat template: TemplateSyntaxError",
-            lambda folder, _: (folder / "chat_template.jinja").write_text("{% if %}"),
-        ),
-        (
-            "holds an adapter",
-            lambda folder, _: write_json(folder / "adapter_config.json", dict(base_model_name_or_path="a/b")),
-        ),
-        (
-            r"the tokenizer has a token \d+, the model has 250",
-            lambda folder, _: put(folder / "config.json", "text_config.vocab_size", 250),
-        ),
-    ],
-    ids=lambda given: given if isinstance(given, str) else "",
-)
-def test_load_teacher_names_what_is_wrong(folder, name, match, fault):
-    fault(folder, name)
+FAULTS = {  # the message, and what is done to the folder
+    "has no config.json": lambda folder, _: (folder / "config.json").unlink(),
+    "unsupported model type 'llama'; one of qwen3_vl": lambda folder, _: put(folder, model_type="llama"),
+    "has no model.safetensors": lambda folder, _: (folder / "model.safetensors").unlink(),
+    "has no model-2.safetensors": lambda folder, _: write_json(
+        folder / "model.safetensors.index.json", dict(weight_map=dict(a="model.safetensors", b="model-2.safetensors"))
+    ),
+    r"(8|12) tensors are missing or of another shape, first .*mlp": lambda folder, _: put(
+        folder, **{"text_config.intermediate_size": 100}
+    ),
+    "tokenizer or processor files .* can't be used": lambda folder, _: (folder / "tokenizer.json").unlink(),
+    "can't be used: the tokenizer has no image token '.*'": without_image_token,
+    r"has image token \d+, its model 7": lambda folder, _: put(folder, image_token_id=7),
+    "can't be used: the chat template: TemplateSyntaxError": lambda folder, _: (
+        folder / "chat_template.jinja"
+    ).write_text("{% if %}"),
+    "holds an adapter": lambda folder, _: write_json(folder / "adapter_config.json", dict(base_model_name_or_path="a")),
+    r"the tokenizer has a token \d+, the model has 250": lambda folder, _: put(
+        folder, **{"text_config.vocab_size": 250}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "minicpmv"], scope="module")
+@pytest.mark.parametrize("match", FAULTS)
+def test_load_teacher_names_what_is_wrong(folder, name, match):
+    FAULTS[match](folder, name)
     fails(match, load_teacher, folder)
 
 
@@ -326,32 +260,26 @@ def write_json(path, value):
     path.write_text(json.dumps(value))
 
 
-def put(path, name, value):
-    content = json.loads(path.read_text())
-    *inner, last = name.split(".")
-    part = content
-    for key in inner:
-        part = part[key]
-    part[last] = value
-    write_json(path, content)
+def put(folder, file="config.json", **values):
+    "Puts values in a JSON file, each under the names that lead to it, with dots between."
+    content = json.loads((folder / file).read_text())
+    for name, value in values.items():
+        *inner, last = name.split(".")
+        part = content
+        for key in inner:
+            part = part[key]
+        part[last] = value
+    write_json(folder / file, content)
+
+
+DAMAGE = ["[]", "null", "7", "{", "", "NaN", b"\xff\xfe{}", "a folder", "a broken link"]
+READ = ["generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+READ += ["processor_config.json", "special_tokens_map.json", "preprocessor_config.json"]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
 @pytest.mark.parametrize(
-    "fault", ["[]", "null", "7", "{", "", "NaN", b"\xff\xfe{}", "a folder", "a broken link"], ids=str
-)
-@pytest.mark.parametrize(
-    "file",
-    [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors.index.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "processor_config.json",
-        "special_tokens_map.json",
-        "preprocessor_config.json",
-    ],
+    "file, fault", [*(("config.json", fault) for fault in DAMAGE), *((file, "{") for file in READ)], ids=str
 )
 def test_a_damaged_json_file_is_named(folder, file, fault):
     path = folder / file
@@ -368,51 +296,43 @@ def test_a_damaged_json_file_is_named(folder, file, fault):
 CONFIG, PROCESSOR = "config.json in .* can't be used: ", "tokenizer or processor files in .* can't be used: "
 
 
+UNFIT = {  # a field, values that don't fit, and the message
+    "text_config.hidden_size": ([-1, 10**9, "wide", None, 1.5], CONFIG),
+    "text_config.num_attention_heads": ([0], CONFIG),
+    "text_config.num_hidden_layers": ([10**9, 10**30], CONFIG),
+    "vision_config.depth": ([10**9], CONFIG),
+    "text_config.hidden_act": (["no"], CONFIG),
+    "dtype": (["no"], CONFIG),
+    "vision_config": ([[]], CONFIG),
+    "text_config.rope_parameters.mrope_section": ([[2, 1, 2]], CONFIG),
+    "quantization_config": ([dict(quant_method="fp8")], CONFIG),
+    "transformers_weights": (["../other.safetensors"], CONFIG),
+    "_attn_implementation": (["a/b", {"text_config": "a/b"}], CONFIG),
+    "vision_config.attn_implementation": (["kernels-community/flash"], CONFIG),
+    "text_config.experts_implementation": (["a/b"], CONFIG),
+    "text_config.rms_norm_eps": ([float("nan")], "config.json in .* is damaged: NaN is not a finite number"),
+    "text_config.rope_parameters.rope_theta": ([0.0], "can't be loaded: its config.json makes .*inv_freq infinite"),
+    "text_config.vocab_size": ([0], "the model has 0"),
+    "vision_config.spatial_merge_size": ([0], "merge_size is 2 in the processor, 0 in the model"),
+}
+LAYERS = {  # a number of layers, and what is said of the weights of four
+    0: "hold .* tensors that its config.json has no place for",
+    3: "hold .* tensors that its config.json has no place for, first .*layers.3",
+    5: "tensors are missing or of another shape, first .*layers.4",
+}
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
 @pytest.mark.parametrize(
     "field, value, match",
     [
-        *[
-            (field, value, CONFIG)
-            for field, values in {
-                "text_config.hidden_size": [-1, 10**9, "wide", None, 1.5],
-                "text_config.num_attention_heads": [0, -4, 10**9],
-                "text_config.vocab_size": [10**9],
-                "text_config.num_hidden_layers": [10**9, 10**30, "many"],
-                "vision_config.depth": [10**9],
-                "text_config.head_dim": [10**9],
-                "text_config.hidden_act": ["no", 3],
-                "dtype": ["no", 7],
-                "text_config.rms_norm_eps": [-1e-6, "small"],
-                "vision_config": [[], "a"],
-                "text_config.rope_parameters.mrope_section": [[2, 1, 2], "x"],
-                "quantization_config": [dict(quant_method="fp8")],
-                "transformers_weights": ["../other.safetensors"],
-                "_attn_implementation": ["a/b", {"text_config": "a/b"}],
-                "text_config._attn_implementation": ["a/b:c"],
-                "vision_config.attn_implementation": ["kernels-community/flash"],
-                "text_config.experts_implementation": ["a/b"],
-            }.items()
-            for value in values
-        ],
-        ("text_config.rms_norm_eps", float("nan"), "config.json in .* is damaged: NaN is not a finite number"),
-        ("text_config.rope_parameters.rope_theta", float("inf"), "config.json in .* is damaged: Infinity"),
-        ("text_config.rope_parameters.rope_theta", 0.0, "can't be loaded: its config.json makes .*inv_freq infinite"),
-        ("text_config.hidden_size", 0, "do not fit its config.json"),
-        ("text_config.vocab_size", 0, "the model has 0"),
-        ("vision_config.spatial_merge_size", 0, "merge_size is 2 in the processor, 0 in the model"),
-        ("text_config.num_hidden_layers", 0, "hold .* tensors that its config.json has no place for"),
-        ("text_config.num_hidden_layers", 3, "hold .* tensors that its config.json has no place for, first .*layers.3"),
-        ("text_config.num_hidden_layers", 5, "tensors are missing or of another shape, first .*layers.4"),
+        *((field, value, match) for field, (values, match) in UNFIT.items() for value in values),
+        *(("text_config.num_hidden_layers", value, match) for value, match in LAYERS.items()),
     ],
     ids=str,
 )
 def test_a_config_that_does_not_fit_is_named(folder, field, value, match):
-    path = folder / "config.json"
-    if "." not in field:
-        change(path, **{field: value})
-    else:
-        put(path, field, value)
+    put(folder, **{field: value})
     fails(match, load_teacher, folder)
 
 
@@ -420,22 +340,21 @@ def test_a_config_that_does_not_fit_is_named(folder, field, value, match):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("image_processor." + field, value)
-        for field, values in {
-            "patch_size": [0, -8, 16, 10**9, "x", None],
-            "merge_size": [0, 4],
-            "temporal_patch_size": [0, 2],
-            "size": [[], dict(shortest_edge=10**12, longest_edge=10**12)],
-            "image_std": ["x", [0, 0, 0]],
-            "image_mean": ["x"],
-            "image_processor_type": ["no", 7],
-        }.items()
-        for value in values
+        ("patch_size", 0),
+        ("patch_size", 16),
+        ("patch_size", "x"),
+        ("merge_size", 4),
+        ("temporal_patch_size", 2),
+        ("size", []),
+        ("size", dict(shortest_edge=10**12, longest_edge=10**12)),
+        ("image_std", [0, 0, 0]),
+        ("image_mean", ["x"]),
+        ("image_processor_type", "no"),
     ],
     ids=str,
 )
 def test_a_processor_that_does_not_fit_is_named(folder, field, value):
-    put(folder / "processor_config.json", field, value)
+    put(folder, "processor_config.json", **{f"image_processor.{field}": value})
     fails(PROCESSOR, load_teacher, folder)
 
 
@@ -461,31 +380,25 @@ def test_a_tokenizer_that_does_not_fit_is_named(folder, fault, match):
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
-@pytest.mark.parametrize("ends", [-1, 10**9, "x", 1.5, True, {}, [2, -1], [[2]], [None]], ids=str)
+@pytest.mark.parametrize("ends", [-1, 10**9, "x", 1.5, True, [2, -1], [None]], ids=str)
 def test_ends_outside_the_vocabulary_are_named(folder, ends):
-    change(folder / "generation_config.json", eos_token_id=ends)
+    put(folder, "generation_config.json", eos_token_id=ends)
     fails("eos_token_id .* is none of the 272 tokens|generation_config.json in .* can't be used", load_teacher, folder)
 
 
-@pytest.mark.parametrize(
-    "template, end",
-    [
-        (
-            "{% for m in messages %}{% if m.role == 'user' %}<|endoftext|>a{% else %}{{ m.content }}{% endif %}{% endfor %}",
-            "<|endoftext|>",
-        ),
-        (
-            "{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content[0].text | trim }}<|im_end|>{% endif %}{% endfor %}",
-            "<|im_end|>",
-        ),
-        ("{% for m in messages %}{% if m.role == 'user' %}a{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}", None),
-        ("{{ raise_exception('no') }}", None),
-    ],
-    ids=["by the next question", "by its own token", "by lines", "by none"],
-)
-def test_the_chat_templates_end_of_turn_ends_an_answer(name, template, end):
+MESSAGES = "{% for m in messages %}{% if m.role == 'user' %}USER{% else %}ANSWER{% endif %}{% endfor %}"
+TEMPLATES = {
+    "by the next question": ("<|endoftext|>a", "{{ m.content }}", "<|endoftext|>"),
+    "by its own token": ("a", "{{ m.content[0].text | trim }}<|im_end|>", "<|im_end|>"),
+    "by lines": ("a", "{{ m.content }}\n\n", None),
+    "by none": ("{{ raise_exception('no') }}", "", None),
+}
+
+
+@pytest.mark.parametrize("user, answer, end", TEMPLATES.values(), ids=TEMPLATES)
+def test_the_chat_templates_end_of_turn_ends_an_answer(name, user, answer, end):
     processor = copy.copy(PROCESSORS[name])
-    processor.chat_template = template
+    processor.chat_template = MESSAGES.replace("USER", user).replace("ANSWER", answer)
     token = processor.tokenizer.convert_tokens_to_ids(end) if end else None
     assert turn_end(processor) == token
     assert end_tokens(teacher_of(name), processor) == sorted({processor.tokenizer.eos_token_id, token} - {None})
@@ -495,26 +408,19 @@ def test_the_chat_templates_end_of_turn_ends_an_answer(name, template, end):
 def test_one_check_finds_what_is_wrong_for_all_who_load(folder):
     from heed_nb import evaluate, lmms_model
 
-    put(folder / "config.json", "text_config.hidden_size", -1)
+    put(folder, **{"text_config.hidden_size": -1})
     for load in (load_teacher, check_checkpoint, lmms_model.HeedVLM, evaluate.evaluate):
         fails(CONFIG, load, str(folder))
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
 def test_the_attention_is_the_librarys_choice(folder):
-    wanted = load_teacher(folder)[0].config
-    put(
-        folder / "config.json",
-        "text_config",
-        json.loads((folder / "config.json").read_text())["text_config"] | dict(_attn_implementation="eager"),
-    )
-    config = load_teacher(folder)[0].config
-    for part in ("", "text_config", "vision_config"):
-        assert (
-            (getattr(config, part) if part else config)._attn_implementation
-            == (getattr(wanted, part) if part else wanted)._attn_implementation
-            != "eager"
-        )
+    implementations = lambda config: [
+        part._attn_implementation for part in (config, config.text_config, config.vision_config)
+    ]
+    wanted = implementations(load_teacher(folder)[0].config)
+    put(folder, **{"text_config._attn_implementation": "eager"})
+    assert implementations(load_teacher(folder)[0].config) == wanted and "eager" not in wanted
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
@@ -524,52 +430,29 @@ def test_a_flipped_bit_of_a_saved_folder_is_named(teacher, processor, tmp_path):
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
     hashed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
-    assert hashed == {path.name for path in folder.iterdir()} - {
-        "SHA256SUMS",
-        "generation_config.json",
-        "chat_template.jinja",
-    }
+    unhashed = {"SHA256SUMS", "generation_config.json", "chat_template.jinja"}
+    assert hashed == {path.name for path in folder.iterdir()} - unhashed
     for path in (folder / name for name in [*hashed, "SHA256SUMS"]):
         content = path.read_bytes()
-        for place in (0, len(content) // 2, len(content) - 1):
-            for bit in (0, 5):
-                path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
-                fails(
-                    "SHA256SUMS"
-                    if path.name == "SHA256SUMS"
-                    else f"{path.name} is not the file that was saved, by SHA256SUMS",
-                    check_sums,
-                    folder,
-                )
+        named = f"{path.name} is not the file that was saved, by SHA256SUMS" * (path.name in hashed) or "SHA256SUMS"
+        for place, bit in ((0, 0), (len(content) // 2, 5), (len(content) - 1, 0)):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            fails(named, check_sums, folder)
         path.write_bytes(content)
-    change(folder / "generation_config.json", repetition_penalty=1.1)
+    put(folder, "generation_config.json", repetition_penalty=1.1)
     load_teacher(folder)
     (folder / "model.safetensors").unlink()
     fails("model.safetensors can't be read, but SHA256SUMS names it", load_teacher, folder)
 
 
-def test_load_teacher_looks_for_a_missing_folder_in_the_local_cache_alone(tmp_path):
-    fails(
-        "no model at .*nobody: neither a folder nor a model in the local hub cache", load_teacher, tmp_path / "nobody"
-    )
-    fails("no model at heed/nobody", load_teacher, "heed/nobody")
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_a_truncated_image_is_named(tmp_path, processor, see, kind):
-    path = tmp_path / f"page.{kind}"
-    page(64, 64).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    fails("can't decode the image .*page", processor, images=[Image.open(path)], text=[see])
-    fails("can't decode the image .*page", processor, images=[str(path)], text=[see])
-    message = [dict(role="user", content=[dict(type="image", image=Image.open(path))])]
-    fails("can't decode the image .*page", processor.apply_chat_template, message, tokenize=True, return_dict=True)
-
-
 def test_what_is_no_image_is_named(tmp_path, processor, see):
     path = tmp_path / "page.png"
-    path.write_text("not a picture")
-    fails("can't decode the image .*page", processor, images=[str(path)], text=[see])
+    page(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for image in (Image.open(path), str(path)):
+        fails("can't decode the image .*page", processor, images=[image], text=[see])
+    message = [dict(role="user", content=[dict(type="image", image=Image.open(path))])]
+    fails("can't decode the image .*page", processor.apply_chat_template, message, tokenize=True, return_dict=True)
     fails("only images", processor, text=["a film"], videos=[torch.zeros(2, 3, 16, 16)])
 
 
@@ -590,7 +473,7 @@ def test_images_out_of_bounds_are_named(name, processor, see):
         processor(text=[see], images=[page(16, 3201)])  # has no density, but can be read
 
 
-@pytest.mark.parametrize("size", [(16, 208), (208, 16), (32, 32)], ids=str)
+@pytest.mark.parametrize("size", [(16, 208), (208, 16)], ids=str)
 @torch.no_grad()
 def test_every_image_that_is_taken_has_a_density(teacher, processor, see, size):
     family = family_of(teacher)
@@ -600,7 +483,7 @@ def test_every_image_that_is_taken_has_a_density(teacher, processor, see, size):
     assert density.isfinite().all() and density.any()
 
 
-@pytest.mark.parametrize("images", [[], (), [[]], [[], []]], ids=str)
+@pytest.mark.parametrize("images", [[], [[], []]], ids=str)
 def test_no_images_are_none(teacher, processor, images):
     batch = processor(text=["what", "total?"], images=images, return_tensors="pt", padding=True)
     expected = processor(text=["what", "total?"], return_tensors="pt", padding=True)
