@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 import tiny
 from heed_nb import cached_weights, files, losses, streams, trainer, weights
@@ -36,45 +36,11 @@ from heed_nb.teachers import family_of
 from heed_nb.toyworld import train_teacher
 from heed_nb.trainer import checkpoints, distill
 
-IMAGE = 10
+IMAGE = tiny.config("qwen3_vl").image_token_id
 SETTINGS = TrainSettings(token_budget=1800, lr=1e-3, batch_size=4, checkpoint_every=4, threads=1)
 
 
-def tiny_teacher(seed=0):
-    torch.manual_seed(seed)
-    text = dict(
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        initializer_range=0.2,
-        rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True),
-    )
-    vision = dict(
-        depth=2,
-        hidden_size=16,
-        intermediate_size=32,
-        num_heads=2,
-        patch_size=4,
-        temporal_patch_size=1,
-        spatial_merge_size=2,
-        out_hidden_size=16,
-        num_position_embeddings=16,
-        deepstack_visual_indexes=[0],
-    )
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=11,
-        vision_start_token_id=12,
-        vision_end_token_id=13,
-    )
-    return Qwen3VLForConditionalGeneration(config)
+tiny_teacher = partial(tiny.teacher, "qwen3_vl")
 
 
 class Noise:
@@ -86,7 +52,7 @@ class Noise:
     def __getitem__(self, index):
         g = torch.Generator().manual_seed(index)
         text = torch.randint(20, 48, (int(torch.randint(4, 12, (), generator=g)),), generator=g)
-        pixels = torch.randn(16, 3 * 16, generator=g)
+        pixels = torch.randn(16, 3 * 8 * 8, generator=g)
         if index == self.bad:
             pixels[0, 0] = torch.nan
         return dict(key=f"noise-{index}", ids=torch.cat([torch.tensor([12] + [IMAGE] * 4 + [13]), text]), pixels=pixels)
@@ -119,7 +85,10 @@ def collate(samples):
 def run(out, condition="C4", settings=SETTINGS, data=Noise(), teacher_seed=0, before=None, deadline=None):
     if before:
         before()
-    teacher, recipe = tiny_teacher(teacher_seed), CONDITIONS[condition] if isinstance(condition, str) else condition
+    teacher, recipe = (
+        tiny_teacher(seed=teacher_seed),
+        CONDITIONS[condition] if isinstance(condition, str) else condition,
+    )
     model = to_hybrid(teacher, mixer=recipe.mixer, weight_transfer=recipe.weight_transfer, seed=settings.seed)
     return distill(model, teacher, data, collate, recipe, settings, out, progress=False, deadline=deadline)
 
