@@ -450,7 +450,7 @@ for folder in sys.argv[1:]:
 def test_loads_in_a_new_process(tmp_path):
     students = {}
     for family, mixer, dtype in [
-        *((family, mixer, torch.float32) for family in FAMILIES for mixer in MIXERS),
+        *((family, mixer, torch.float32) for family, mixer in zip(FAMILIES, 2 * [*MIXERS])),
         ("glm4v", "mamba2", torch.bfloat16),
     ]:
         folder = tmp_path / f"{family}-{mixer}-{dtype}"

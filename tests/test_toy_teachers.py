@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,9 @@ from transformers import PreTrainedModel
 from heed_nb.data import collate
 from heed_nb.evaluate import evaluate
 from heed_nb.files import check_sums
-from heed_nb.hybrid import to_hybrid
 from heed_nb.results import read_run
 from heed_nb.teachers import FAMILIES, family_of, load_teacher
-from heed_nb.toyworld import TOYS, Documents, benchmark, mlp_energy, train_teacher
+from heed_nb.toyworld import TOYS, Documents, mlp_energy, train_teacher
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "outputs/teachers").glob("*/config.json"))
 folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -93,37 +90,3 @@ def test_an_interrupt_while_it_is_saved_leaves_the_earlier_teacher(tmp_path, mon
     assert content() == earlier
     train_teacher(tmp_path, **given, seed=1)  # goes on from its checkpoint
     assert content().keys() == earlier.keys() and content() != earlier
-
-
-LOAD = """
-import sys, torch, heed_nb.hybrid
-from transformers import AutoModelForImageTextToText, AutoProcessor
-for folder in sys.argv[1:]:
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    batch = torch.load(folder + "/batch.pt", weights_only=False)
-    torch.save((type(model).__name__, model.generate(**batch, max_new_tokens=8, do_sample=False)), folder + "/out.pt")
-"""
-
-
-def test_hybrids_of_all_generate_in_a_new_process(tmp_path):
-    students = {}
-    for folder in FOLDERS:
-        teacher, processor = load_teacher(folder)
-        student, out = to_hybrid(teacher).eval(), tmp_path / folder.name
-        student.save_pretrained(out)
-        processor.save_pretrained(out)
-        chats = [
-            [{"role": "user", "content": [{"type": "image", "image": q.image}, {"type": "text", "text": q.question}]}]
-            for q in benchmark("docvqa", 3)
-        ]
-        batch = processor.apply_chat_template(
-            chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-        )
-        torch.save(dict(batch), out / "batch.pt")
-        students[out] = student, batch
-    subprocess.run([sys.executable, "-c", LOAD, *map(str, students)], check=True)
-    for out, (student, batch) in students.items():
-        name, generated = torch.load(out / "out.pt")
-        assert name == type(student).__name__ and torch.equal(
-            generated, student.generate(**batch, max_new_tokens=8, do_sample=False)
-        )

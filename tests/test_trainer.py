@@ -759,54 +759,23 @@ def test_a_finite_dataset_is_read_in_epochs(tmp_path):
     assert numbers["steps"] * SETTINGS.batch_size > 2 * 10
 
 
-def hold_and_wait(out, held):
-    with files.locked(out):
-        held.send(None)
-        signal.pause()
-
-
 def test_two_runs_in_one_folder_exclude_each_other(tmp_path, processes):
-    held, theirs = processes.Pipe()
-    for holder in ("another run", "a process", "a thread"):
-        out = tmp_path / holder
-        if holder == "a thread":
-            done, begun = threading.Event(), threading.Event()
-
-            def hold():
-                with files.locked(out):
-                    begun.set()
-                    done.wait()
-
-            thread = threading.Thread(target=hold)
-            thread.start()
-            begun.wait()
-        else:
-            target, given = (
-                (run, (out, "C4", replace(SETTINGS, token_budget=10**9, workers=1)))
-                if holder == "another run"
-                else (hold_and_wait, (out, theirs))
-            )
-            process = processes.Process(target=target, args=given)
-            process.start()
-            while holder == "another run" and not (out / "log.jsonl").exists():
-                assert process.is_alive()
-                time.sleep(0.01)
-            if holder == "a process":
-                held.recv()
-        try:
-            with pytest.raises(ValueError, match="^another run holds .*; wait for it or choose another folder$"):
-                run(out)
-            with pytest.raises(ValueError, match="^another run holds "):
-                train_teacher(out, read_steps=1, answer_steps=1, settle_steps=1)
-        finally:
-            if holder == "a thread":
-                done.set()
-                thread.join()
-            else:
-                process.kill()  # and the lock is free at once, though its worker may live on for a moment
-                process.join()
-        with files.locked(out):
-            pass
+    settings = replace(SETTINGS, token_budget=10**9, workers=1)
+    process = processes.Process(target=run, args=(tmp_path, "C4", settings))
+    process.start()
+    while not (tmp_path / "log.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    try:
+        with pytest.raises(ValueError, match="^another run holds .*; wait for it or choose another folder$"):
+            run(tmp_path)
+        with pytest.raises(ValueError, match="^another run holds "):
+            train_teacher(tmp_path, read_steps=1, answer_steps=1, settle_steps=1)
+    finally:
+        process.kill()  # and the lock is free at once, though its worker may live on for a moment
+        process.join()
+    with files.locked(tmp_path):
+        pass
 
 
 def test_a_run_waits_for_another_where_it_is_told_to(tmp_path, capsys):

@@ -27,6 +27,10 @@ class Tiny:
     processing: dict = field(default_factory=dict)
 
 
+ROPE = dict(rope_type="default", rope_theta=1e4)
+VISION = dict(hidden_size=32, intermediate_size=48, patch_size=8)
+GRID = VISION | dict(depth=2, num_heads=2, temporal_patch_size=1, out_hidden_size=64, initializer_range=0.15)
+SLICE = VISION | dict(num_hidden_layers=2, num_attention_heads=2)
 TINY = {
     "qwen3_vl": Tiny(
         "<|vision_start|><|image_pad|><|vision_end|>",
@@ -35,41 +39,16 @@ TINY = {
         dict(
             num_key_value_heads=2,
             head_dim=8,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True),
+            rope_parameters=ROPE | dict(mrope_section=[2, 1, 1], mrope_interleaved=True),
         ),
-        dict(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_heads=2,
-            patch_size=8,
-            temporal_patch_size=1,
-            out_hidden_size=64,
-            num_position_embeddings=16,
-            deepstack_visual_indexes=[0],
-            initializer_range=0.15,
-        ),
+        GRID | dict(num_position_embeddings=16, deepstack_visual_indexes=[0]),
     ),
     "internvl": Tiny(
         "<IMG_CONTEXT>",
         ("<IMG_CONTEXT>", "<img>", "</img>"),
         GotOcr2ImageProcessorPil(size=dict(height=32, width=32), max_patches=4),
-        dict(
-            model_type="qwen3",
-            num_key_value_heads=2,
-            head_dim=8,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4),
-        ),
-        dict(
-            num_hidden_layers=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_attention_heads=2,
-            patch_size=8,
-            image_size=32,
-            attention_bias=True,
-            initializer_range=0.15,
-        ),
+        dict(model_type="qwen3", num_key_value_heads=2, head_dim=8, rope_parameters=ROPE),
+        SLICE | dict(image_size=32, attention_bias=True, initializer_range=0.15),
         config=dict(image_seq_length=4, tie_word_embeddings=False),
         processing=dict(image_seq_length=4),
     ),
@@ -77,37 +56,15 @@ TINY = {
         "<|begin_of_image|><|image|><|end_of_image|>",
         ("<|image|>", "<|begin_of_image|>", "<|end_of_image|>"),
         Glm4vImageProcessorPil(**PATCHES),
-        dict(
-            num_key_value_heads=1,
-            rope_parameters=dict(
-                rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], partial_rotary_factor=0.5
-            ),
-        ),
-        dict(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_heads=2,
-            patch_size=8,
-            temporal_patch_size=1,
-            out_hidden_size=64,
-            image_size=32,
-            initializer_range=0.15,
-        ),
+        dict(num_key_value_heads=1, rope_parameters=ROPE | dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.5)),
+        GRID | dict(image_size=32),
     ),
     "minicpmv": Tiny(
         "<unk>",
         ("<unk>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
         MiniCPMVImageProcessor(scale_resolution=48, patch_size=8, image_feature_size=4),
-        dict(num_key_value_heads=2, head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=1e4)),
-        dict(
-            num_hidden_layers=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_attention_heads=2,
-            patch_size=8,
-            image_size=48,
-        ),
+        dict(num_key_value_heads=2, head_dim=8, rope_parameters=ROPE),
+        SLICE | dict(image_size=48),
         config=dict(query_num=4),
     ),
 }
@@ -133,23 +90,17 @@ def tokenizer(family):
 def processor(family):
     tiny = TINY[family]
     template = (
-        "{%- for m in messages %}{%- for c in m.content %}{{- '"
-        + tiny.see
-        + "' if c.type == 'image' else c.text }}{%- endfor %}"
+        "{%- for m in messages %}{%- for c in m.content %}{{- 'SEE' if c.type == 'image' else c.text }}{%- endfor %}"
         "{{- '<|im_end|>' if m.role == 'assistant' else ':' }}{%- endfor %}"
-    )
-    return family_class(family).processor_class(
-        tiny.image_processor, tokenizer(family), chat_template=template, **tiny.processing
-    )
+    ).replace("SEE", tiny.see)
+    build = family_class(family).processor_class
+    return build(tiny.image_processor, tokenizer(family), chat_template=template, **tiny.processing)
 
 
 def config(family, layers=4):
     tiny, tokens = TINY[family], tokenizer(family)
-    text = (
-        TEXT
-        | tiny.text
-        | dict(num_hidden_layers=layers, pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id)
-    )
+    ends = dict(pad_token_id=tokens.pad_token_id, eos_token_id=tokens.eos_token_id)
+    text = TEXT | tiny.text | ends | dict(num_hidden_layers=layers)
     return AutoConfig.for_model(
         family,
         text_config=text,
