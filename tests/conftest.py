@@ -9,20 +9,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # nothing here needs a network
 
-# Files whose tests take minutes, the longest first: they are begun first, and `make check` leaves them out.
-LONG = ("batch", "many", "families", "toy_teachers", "trainer", "evaluate", "failures", "notebooks")
+LONG = ("batch", "families", "trainer", "evaluate")  # files that are begun first; `make check` leaves them out
 
 
 def pytest_collection_modifyitems(items):
-    "A file's tests share a process and its fixtures; notebooks are run one by one, wherever a process is free."
-    rank = {name: place for place, name in enumerate(LONG)}
+    "The tests of a file share a process and its fixtures. Notebooks come last, each wherever a process is free."
+    rank = {name: place for place, name in enumerate(LONG)} | {"notebooks": len(LONG) + 1}
+    file = lambda item: item.path.stem.removeprefix("test_")
     for item in items:
-        name = item.path.stem.removeprefix("test_")
-        if name in LONG:
+        if file(item) in rank:
             item.add_marker("slow")
-        if name != "notebooks":
-            item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: rank.get(item.path.stem.removeprefix("test_"), len(LONG)))
+        if file(item) != "notebooks":
+            item.add_marker(pytest.mark.xdist_group(file(item)))
+    items.sort(key=lambda item: rank.get(file(item), len(LONG)))
 
 
 @pytest.fixture(scope="session")
