@@ -63,8 +63,8 @@ from heed_nb.minicpm import (
     MiniCPMVImageProcessor,
     register_public_names,
 )
-from .mixers import MIXERS, has_holes
-from .ssd import _check_sequences
+from .mixers import MIXERS, has_holes, init_transferred
+from .recurrence import num_sequences
 from .teachers import check_tensors, family_class, family_of
 
 # %% ../nbs/28_hybrid.ipynb #c006
@@ -150,7 +150,7 @@ def packed_sequences(
             return position_ids, None
         starts = sequence.diff(prepend=sequence[:, :1] - 1).flatten().nonzero().flatten()
         return position_ids, nn.functional.pad(starts, (0, 1), value=b * t)
-    _check_sequences(cu_seq_lens, 1, b * t)
+    num_sequences(cu_seq_lens, 1, b * t)
     ends = cu_seq_lens.to(device, torch.long)
     text = (torch.arange(b * t, device=device) - ends[:-1].repeat_interleave(ends.diff())).view(b, t)
     return text if position_ids is None or position_ids.ndim == 2 else torch.cat([text[None], position_ids[-3:]]), ends
@@ -595,7 +595,7 @@ def to_hybrid(
     for module in _mixers(student).values():
         module.init_new(init, generator)
         if not weight_transfer:
-            module.init_transferred(generator)
+            init_transferred(module, generator)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.train(teacher.training)
 

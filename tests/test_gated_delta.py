@@ -76,7 +76,7 @@ def fla(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "fla.ops.gated_delta_rule", SimpleNamespace(chunk_gated_delta_rule=chunk_gated_delta_rule)
     )
-    monkeypatch.setattr(heed_nb.gated_delta, "_backend", lambda backend, *_: "fla")
+    monkeypatch.setattr(heed_nb.gated_delta, "backend_for", lambda backend, *_: "fla")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -117,11 +117,11 @@ def hybrid_errors(root, family, mixer, backend, dtype, device, monkeypatch):
     student = to_hybrid(teacher.to(device), mixer=mixer, init="mamba")
     batch = {key: value.to(device) for key, value in tiny.batch_of(tiny.samples(family), processor).items()}
     assert not batch["attention_mask"][:, 0].all()
-    choose = heed_nb.ssd._backend
+    choose = heed_nb.ssd.backend_for
 
     def logits(backend, use_cache):
         for module in (heed_nb.ssd, heed_nb.gated_delta):
-            monkeypatch.setattr(module, "_backend", lambda _, *args: choose(backend, *args))
+            monkeypatch.setattr(module, "backend_for", lambda _, *args: choose(backend, *args))
         out = student.generate(
             **batch,
             use_cache=use_cache,

@@ -266,7 +266,7 @@ def test_a_mixing_matrix_trains_what_makes_it(kind):
     "Its gradient is the recurrence's, and reaches all but v's projection, the gate, the norm and the output."
     mixer, u = mixer_of(kind, "mamba"), inputs()
     weights = torch.randn(2, 4, 11, 6, generator=torch.Generator().manual_seed(0))
-    q, k, v, *rates = mixer._inputs(u, None, None)
+    q, k, v, *rates = mixer.recurrence_inputs(u)
 
     def gradients(y):
         mixer.zero_grad()

@@ -160,6 +160,7 @@ def test_imports_run_down_the_numbers(name):
         "density",
         "sensitivity",
         "weight_cache",
+        "recurrence",
         "ssd",
         "gated_delta",
         "losses",

@@ -10,8 +10,10 @@ import torch
 from torch.testing import assert_close
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
+import heed_nb.recurrence
 import heed_nb.ssd
-from heed_nb.ssd import KERNELS, choose_backend, ssd, ssd_reference
+from heed_nb.recurrence import choose_backend
+from heed_nb.ssd import KERNELS, ssd, ssd_reference
 from test_recurrences import CUTS, SSD, close, each_alone, packed_inputs
 
 torch.set_num_threads(1)
@@ -107,8 +109,8 @@ def test_a_package_that_cannot_be_imported_is_no_kernel(files, message, tmp_path
         if name.partition(".")[0] == "mamba_ssm":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(heed_nb.ssd, "_found", heed_nb.ssd._found.__wrapped__)
-    unusable = heed_nb.ssd._machine(None)["unusable"] | NO_FLA["unusable"]
+    monkeypatch.setattr(heed_nb.recurrence, "_found", heed_nb.recurrence._found.__wrapped__)
+    unusable = heed_nb.recurrence._machine(None)["unusable"] | NO_FLA["unusable"]
     assert choose_backend("auto", KERNELS, **{**HERE, "unusable": unusable}) == "torch"
     x, dt, A, B, C, D, state = inputs(6, 4, 2, 4, 4)
     with pytest.raises(ValueError, match=message) as error:
@@ -161,7 +163,7 @@ def kernel(request, monkeypatch):
         SimpleNamespace(mamba_chunk_scan_combined=mamba_chunk_scan_combined),
     )
     monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", SimpleNamespace(chunk_simple_gla=chunk_simple_gla))
-    monkeypatch.setattr(heed_nb.ssd, "_backend", lambda backend, *_: request.param)
+    monkeypatch.setattr(heed_nb.ssd, "backend_for", lambda backend, *_: request.param)
     return request.param
 
 
