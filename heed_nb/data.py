@@ -7,6 +7,7 @@ __all__ = ['with_texts', 'marked', 'text_spans', 'stop_end', 'closed_turns', 'Ch
 
 # %% ../nbs/40_data.ipynb #c002
 import math
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class Chat:
     images: list[Image.Image]  # RGB
     text: str  # with one token for each image
     answers: list[tuple[int, int]]  # [start, end) of each answer in it, its end of turn included
+    unlabelled: str  # why it has no label; empty if it has
 
 
 def chat_of(sample: Sample, processor) -> Chat:
@@ -146,37 +148,37 @@ def chat_of(sample: Sample, processor) -> Chat:
             if max(image.size) > limit * min(image.size):
                 size = f"{image.width}x{image.height}"
                 raise ValueError(f"image {i} is {size} pixels; a side may be {limit} times the other at most")
-        text, answers = rendered(sample.messages(), processor)
+        text, answers, unlabelled = rendered(sample.messages(), processor)
         shown = text.count(processor.image_token)
         if shown != len(images):
             raise ValueError(f"the chat template shows {shown} of {len(images)} images")
     except (ValueError, TypeError) as error:  # TypeError: turns or images of another form
         raise BadSample(sample.key, error) from None
-    return Chat(sample.key, images, text, answers)
+    return Chat(sample.key, images, text, answers, unlabelled)
 
 # %% ../nbs/40_data.ipynb #c010
 def rendered(
     messages: list[dict], processor
-) -> tuple[str, list[tuple[int, int]]]:  # its text, and its answers as `closed_turns` gives them
-    "The conversation. Raises ValueError if an answer is empty, or a text is no string or holds the image token."
+) -> tuple[str, list[tuple[int, int]], str]:  # its text, its answers as `closed_turns` gives them, why it has none
+    "The conversation; without its answers if one is empty. Raises ValueError if a text is no string or holds the image token."
     render = lambda messages: processor.apply_chat_template(messages, tokenize=False)
     entries = [(m["role"], entry["text"]) for m in messages for entry in m["content"] if entry["type"] == "text"]
     texts = [text for _, text in entries]
     answers = [i for i, (role, _) in enumerate(entries) if role == "assistant"]
+    if not texts:
+        raise ValueError("it has no text")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"a text is a {type(text).__name__}, not a string")
         if processor.image_token in text:
             raise ValueError(f"its text holds the image token {processor.image_token!r}")
-    if not answers:
-        raise ValueError("it has no answer, so no label")
-    for n, i in enumerate(answers):
-        if not texts[i].strip():
-            raise ValueError(f"answer {n} is empty, so it has no label")
+    empty = [f"answer {n} is empty, so it has no label" for n, i in enumerate(answers) if not texts[i].strip()]
     private = map(chr, range(0xE000, 0xF900))
     free = (character for character in private if not any(character in text for text in texts))
     marks, one_more = [next(free) for _ in texts], next(free)
     text, spans, plain = text_spans(messages, texts, marks, render)
+    if empty or not answers:
+        return text, [], (empty or ["it has no answer, so no label"])[0]
 
     def between():
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
@@ -184,7 +186,7 @@ def rendered(
         known = marks[: answers[-1] + 1]
         return render(with_texts(asked, [*known, one_more], plain)).split(known[-1])[1].split(one_more)[0]
 
-    return closed_turns(text, spans, answers, between, processor.tokenizer)
+    return *closed_turns(text, spans, answers, between, processor.tokenizer), ""
 
 # %% ../nbs/40_data.ipynb #c012
 def _processed(chats, processor):
@@ -217,25 +219,31 @@ def _processed(chats, processor):
 def collate(
     samples: list,  # `Sample`s, or rows that `as_sample` reads
     processor,  # of the teacher: tokenizer, image processor and chat template
-    max_length: int | None = None,  # tokens of a sample; a longer one is refused
-) -> dict:  # input_ids, attention_mask, labels [B, T] right-padded, the processor's image tensors, keys
+    max_length: int | None = None,  # tokens of a sample; a longer one has no label
+) -> dict:  # input_ids, attention_mask, labels [B, T] right-padded, the processor's image tensors, keys, unlabelled
     """A batch for training, `labels` being -100 but on answers and the end of turn after each.
 
-    Raises BadSample on a sample that can't be used, ValueError on what is no sample."""
+    A sample with an empty answer or none, or one that is too long, has no label: a warning names it, and `unlabelled`
+    holds the reason by its row. Raises BadSample on a sample that can't be used, ValueError on what is no sample."""
     samples = [as_sample(sample, i) for i, sample in enumerate(samples)]
     if not samples or not all(isinstance(sample, Sample) for sample in samples):
         raise ValueError(f"there is no sample to collate; {DATA_SET}")
     chats = [chat_of(sample, processor) for sample in samples]
     batch = _processed(chats, processor)
     offsets, expansions = batch.pop("offset_mapping"), batch.pop("text_replacement_offsets") or [()] * len(chats)
-    labels = torch.full_like(batch["input_ids"], -100)
+    labels, unlabelled = torch.full_like(batch["input_ids"], -100), {}
     for i, chat in enumerate(chats):
         length = int(batch["attention_mask"][i].sum())
+        reason = chat.unlabelled
         if max_length and length > max_length:
-            raise BadSample(chat.key, f"it takes {length} tokens, max_length is {max_length}")
+            reason = f"it takes {length} tokens, max_length is {max_length}"
+        if reason:
+            unlabelled[i] = reason
+            warnings.warn(str(BadSample(chat.key, reason)), stacklevel=2)
+            continue
         starts, ends = offsets[i, :length].T.tolist()
         for start, end in chat.answers:
             shift = sum(len(e["replacement"]) - len(e["text"]) for e in expansions[i] if e["span"][1] <= start)
             first, last = bisect_right(ends, start + shift), bisect_left(starts, end + shift)
             labels[i, first:last] = batch["input_ids"][i, first:last]
-    return {**batch, "labels": labels, "keys": [chat.key for chat in chats]}
+    return {**batch, "labels": labels, "keys": [chat.key for chat in chats], "unlabelled": unlabelled}

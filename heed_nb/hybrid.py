@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -306,7 +307,7 @@ class HybridQwen3VLModel(HybridModel, Qwen3VLModel):
     config: HybridQwen3VLConfig
 
 
-class HybridQwen3VLForConditionalGeneration(HybridModel, Qwen3VLForConditionalGeneration):
+class HybridQwen3VLForConditionalGeneration(HybridModel, Qwen3VLForConditionalGeneration, GenerationMixin):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
 
     config: HybridQwen3VLConfig
@@ -352,7 +353,7 @@ class HybridInternVLModel(HybridModel, InternVLModel):
     config: HybridInternVLConfig
 
 
-class HybridInternVLForConditionalGeneration(HybridModel, InternVLForConditionalGeneration):
+class HybridInternVLForConditionalGeneration(HybridModel, InternVLForConditionalGeneration, GenerationMixin):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
 
     config: HybridInternVLConfig
@@ -397,7 +398,7 @@ class HybridGlm4vModel(HybridModel, Glm4vModel):
     config: HybridGlm4vConfig
 
 
-class HybridGlm4vForConditionalGeneration(HybridModel, Glm4vForConditionalGeneration):
+class HybridGlm4vForConditionalGeneration(HybridModel, Glm4vForConditionalGeneration, GenerationMixin):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
 
     config: HybridGlm4vConfig
@@ -436,7 +437,7 @@ class HybridMiniCPMV45Model(HybridModel, MiniCPMV45Model):
     config: HybridMiniCPMV45Config
 
 
-class HybridMiniCPMV45ForConditionalGeneration(HybridModel, MiniCPMV45ForConditionalGeneration):
+class HybridMiniCPMV45ForConditionalGeneration(HybridModel, MiniCPMV45ForConditionalGeneration, GenerationMixin):
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
 
     config: HybridMiniCPMV45Config
@@ -552,7 +553,10 @@ def hybrid_config(
         mixer_init=init,
         mixer_config=mixer_fields,
     )
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except StrictDataclassError as error:  # a value of another type
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def to_hybrid(

@@ -326,6 +326,17 @@ class CountedRows(Rows):
         return len(self.rows)
 
 
+def _first(dataset):
+    "The first sample that can be read, which may follow bad ones."
+    reason = None
+    for index in range(min(len(dataset), 10) if hasattr(dataset, "__len__") else 10):
+        try:
+            return dataset[index]
+        except Exception as error:  # a data set may raise any
+            reason = reason or f"{type(error).__name__} {error}"
+    raise ValueError(f"{type(dataset).__name__} can't be read by index, {' '.join(reason.split()):.200}; {DATA_SET}")
+
+
 def samples_of(dataset):  # the data set, or `Rows` of it
     "What `distill` reads. Raises a one-line ValueError that says what a data set is if this is none or is empty."
     if isinstance(dataset, (str, bytes, Mapping)) or not hasattr(dataset, "__getitem__"):
@@ -333,17 +344,13 @@ def samples_of(dataset):  # the data set, or `Rows` of it
         raise ValueError(f"{type(dataset).__name__}{about} is no data set; {DATA_SET}")
     if hasattr(dataset, "__len__") and not len(dataset):
         raise ValueError(f"the data set is empty; {DATA_SET}")
-    try:
-        first = dataset[0]
-    except (TypeError, KeyError, NotImplementedError) as error:
-        cause = type(error).__name__
-        raise ValueError(f"{type(dataset).__name__} can't be read by index, {cause}; {DATA_SET}") from None
+    first = _first(dataset)
     if isinstance(first, Mapping):
         own = any(isinstance(value, torch.Tensor) for value in first.values())  # made for a collation of its own
         if not is_row(first) and not own:
             as_sample(first, 0)  # says what a row is
         if is_row(first):
             return (CountedRows if hasattr(dataset, "__len__") else Rows)(dataset)
-    if first is None or isinstance(first, (str, bytes, int, float, list, tuple, np.ndarray, torch.Tensor, Image.Image)):
+    elif first is None or hasattr(first, "__iter__") or isinstance(first, (int, float, Image.Image)):
         raise ValueError(f"its first item is a {type(first).__name__}; {DATA_SET}")
     return dataset

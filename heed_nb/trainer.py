@@ -52,7 +52,7 @@ from .files import locked, sync
 from .sensitivity import expand, gradient_weights, residual_sensitivity
 from .hybrid import mixer_parameters, pair_with_teacher, teacher_path, transferred_parameters, unpair
 from .losses import answer_risk, kd_terms, next_is_text, record_inputs, residual_alignment
-from .samples import samples_of
+from .samples import BadSample, samples_of
 from heed_nb.streams import (
     aligned_outputs,
     attention_inputs,
@@ -178,7 +178,10 @@ class Batches(Dataset):
             failed = self.read(indices, samples)
             if not failed:
                 try:
-                    return {**self.collate([samples[place] for place in self.places]), "skipped": skipped}
+                    batch = self.collate([samples[place] for place in self.places])
+                    failed = self.without_label(batch)
+                    if not failed:
+                        return {**batch, "skipped": skipped}
                 except Exception as error:
                     failed = self.failing_alone(samples)
                     if not failed:
@@ -207,6 +210,16 @@ class Batches(Dataset):
             except Exception as error:
                 failed[place] = error
         return failed
+
+    def without_label(self, batch: dict) -> dict[int, BadSample]:
+        "The error of each sample that teaches no next token, by its place."
+        reasons, labelled = batch.get("unlabelled", {}), (batch["labels"][:, 1:] != -100).any(1).tolist()
+        rows = zip(self.places, batch["keys"], labelled)
+        return {
+            place: BadSample(key, reasons.get(row, "it has no label"))
+            for row, (place, key, found) in enumerate(rows)
+            if not found
+        }
 
     def failing_alone(self, samples: dict[int, object]) -> dict[int, Exception]:
         "The error of each sample that can't be collated alone, by its place."

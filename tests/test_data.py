@@ -3,6 +3,8 @@
 import base64
 import io
 import pickle
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -366,13 +368,8 @@ PAGE_ASKED = [dict(role="user", content="total?"), dict(role="assistant", conten
 @pytest.mark.parametrize(
     "reason, bad",
     {
-        "answer 0 is empty": Sample("bad", [PAGE], [("total?", "")]),
-        "answer 1 is empty": Sample("bad", [PAGE], [("total?", "42"), ("and?", " \n")]),
-        "no answer": Sample("bad", [PAGE]),
-        "it has no answer": dict(key="bad", messages=PAGE_ASKED[:1]),
-        "answer 0 is empty, so": dict(key="bad", messages=[PAGE_ASKED[0], dict(role="assistant", content=None)]),
-        "max_length is 90": Sample("bad", [PAGE], [("total?", "forty-two " * 9)]),
-        "takes .* tokens": Sample("bad", [PAGE] * 4, [("long " * 99, "42")]),
+        "it has no text": dict(key="bad", messages=[]),
+        "has no text": Sample("bad", []),
         "holds the image token": Sample("bad", [PAGE], [("what is SEE?", "42")]),
         "image token '": Sample("bad", [], [("what?", "a SEE")]),
         "page.png: there is no such file": Sample("bad", ["page.png"], [("total?", "42")]),
@@ -426,9 +423,48 @@ def test_a_sample_that_cannot_be_used_is_named_whichever_of_the_batch_it_is(reas
             continue  # whose tiles take any
         for samples in ([given], [good, given, good]):
             with pytest.raises(BadSample, match=reason) as caught:
-                collate(samples, processor, max_length=90)
+                collate(samples, processor)
             error = pickle.loads(pickle.dumps(caught.value))
             assert error.key == "bad" and str(error) == f"sample 'bad': {error.reason}" and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "reason, given",
+    {
+        "answer 0 is empty": Sample("bad", [PAGE], [("total?", "")]),
+        "answer 1 is empty": Sample("bad", [PAGE], [("total?", "42"), ("and?", " \n")]),
+        "it has no answer": dict(key="bad", messages=PAGE_ASKED[:1]),
+        "answer 0 is empty, so": dict(key="bad", messages=[PAGE_ASKED[0], dict(role="assistant", content=None)]),
+        "max_length is 90": Sample("bad", [PAGE], [("total?", "forty-two " * 9)]),
+        "takes .* tokens": Sample("bad", [PAGE] * 4, [("long " * 99, "42")]),
+    }.items(),
+)
+def test_a_sample_without_a_label_is_named_and_refused_or_skipped_by_distill(reason, given, tmp_path):
+    good = Sample("good", [PAGE], [("total?", "42")])
+    for family in FAMILIES:
+        processor = tiny.processor(family)
+        with pytest.warns(UserWarning, match=f"^sample 'bad': .*{reason}"):
+            batch = collate([good, given, good], processor, max_length=90)
+        assert list(batch["unlabelled"]) == [1] and learned(batch, processor) == [
+            ["42<|im_end|>"],
+            [],
+            ["42<|im_end|>"],
+        ]
+    teacher, settings = tiny.teacher("minicpmv"), TrainSettings(token_budget=100, batch_size=2)
+    begin = partial(
+        distill,
+        to_hybrid(teacher),
+        teacher,
+        collate=partial(collate, processor=processor, max_length=90),
+        condition=CONDITIONS["C1"],
+        progress=False,
+    )
+    with pytest.warns(UserWarning):
+        with pytest.raises(ValueError, match=rf"^sample 'bad': .*{reason}.* at step 1 \(stage 3\); no checkpoint"):
+            begin(dataset=[given], settings=settings, out=tmp_path / "a")
+        data = [given, *[good] * 9]
+        run = begin(dataset=data, settings=replace(settings, token_budget=300, skip_bad=0.9), out=tmp_path / "b")
+    assert len(run["skipped"]) == 1 and min(run["skipped"].values()) >= 1 and re.search(reason, *run["skipped"])
 
 
 def test_a_batch_that_fails_in_the_processor_names_its_sample(monkeypatch):
@@ -449,6 +485,27 @@ def test_a_batch_that_fails_in_the_processor_names_its_sample(monkeypatch):
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(ROWS)
+
+
+class Broken:
+    "Rows of which some can't be read."
+
+    def __init__(self, bad, error=ZeroDivisionError):
+        self.bad, self.error = bad, error
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise self.error("no\npages")
+        return dict(messages=PAGE_ASKED, image=PAGE)
+
+
+def streamed():
+    from datasets import Dataset
+
+    return Dataset.from_list([dict(messages=PAGE_ASKED)]).to_iterable_dataset()
 
 
 class ByIndex:
@@ -518,12 +575,18 @@ def test_what_is_read_by_index_is_a_data_set(kind):
         objects=[object()],
     )[kind]
     assert (samples_of(given) is given) == (kind not in ("list", "tuple"))
+    for error in (OSError, KeyError, TypeError):
+        read = samples_of(Broken([0, 1], error))
+        assert read[2].key == "2"
+        with pytest.raises(error):
+            read[0]
     assert samples_of(ByIndex())[5].key == "5" and not hasattr(samples_of(ByIndex()), "__len__")
 
 
 NO_DATA_SETS = [[], {}, dict(train=[1]), iter([1]), {1}, None, 7, "rows.json", ["total?"], [("total?", "42")], [PAGE]]
 NO_DATA_SETS += [[dict(image=PAGE, question="total?", answer="42")], [{}], [dict(messages=None)], np.zeros((2, 3))]
 NO_DATA_SETS += [torch.zeros(2, 3), pd.DataFrame(dict(messages=[PAGE_ASKED])), Stream()]
+NO_DATA_SETS += [Broken(range(99)), streamed()]
 
 
 @pytest.mark.parametrize("given", NO_DATA_SETS, ids=lambda given: type(given).__name__)

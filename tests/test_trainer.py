@@ -970,7 +970,7 @@ def test_what_no_single_sample_is_to_blame_for_names_them_all(tmp_path, two_step
     named = ", ".join(rf"sample noise-{i} .index {i}." for i in STEP_3)
     with pytest.raises(ValueError, match=f"^RuntimeError: sizes differ, in {named} together, at step 3 "):
         distil(tmp_path / "run", FiniteNoise(40), replace(SHORT, skip_bad=0.5), together)
-    with pytest.raises(ValueError, match="^KeyError: 'keys', at step 3 "):
+    with pytest.raises(ValueError, match="^KeyError: 'keys', in sample .* together, at step 3 "):
         distil(
             tmp_path / "run",
             FiniteNoise(40),
@@ -981,6 +981,24 @@ def test_what_no_single_sample_is_to_blame_for_names_them_all(tmp_path, two_step
 
 def end(samples):
     os._exit(9)
+
+
+@pytest.mark.parametrize("hide", ["all", "all but the first token's", "the key"])
+def test_labels_that_teach_no_token_name_their_sample_and_step(tmp_path, hide):
+    def unlabelled(samples):
+        batch = collate(samples)
+        if hide == "the key":
+            del batch["labels"]
+        else:
+            batch["labels"][-1, len(hide) > 3 :] = -100
+            batch["labels"][-1, 0] = 7 if len(hide) > 3 else -100
+        return batch
+
+    message = (
+        r"^KeyError: 'labels'" if hide == "the key" else r"^sample 'noise-\d+': it has no label, in sample noise-\d+ "
+    )
+    with pytest.raises(ValueError, match=message + r".*, at step 1 \(stage 1\); no checkpoint was written yet$"):
+        distil(tmp_path / "run", FiniteNoise(40), SHORT, unlabelled)
 
 
 def test_a_worker_that_dies_is_named_with_the_step(tmp_path):
