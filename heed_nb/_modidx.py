@@ -668,6 +668,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'heed_nb/teachers.py'),
                                   'heed_nb.teachers.MiniCPMV.tower': ('teachers.html#minicpmv.tower', 'heed_nb/teachers.py'),
                                   'heed_nb.teachers.Qwen3VL': ('teachers.html#qwen3vl', 'heed_nb/teachers.py'),
+                                  'heed_nb.teachers.Qwen3VL.__init__': ('teachers.html#qwen3vl.__init__', 'heed_nb/teachers.py'),
                                   'heed_nb.teachers.Qwen3VL.tower': ('teachers.html#qwen3vl.tower', 'heed_nb/teachers.py'),
                                   'heed_nb.teachers._fields': ('teachers.html#_fields', 'heed_nb/teachers.py'),
                                   'heed_nb.teachers._finite': ('teachers.html#_finite', 'heed_nb/teachers.py'),

@@ -335,6 +335,12 @@ class Qwen3VL(BlockTower):
     model_types = ("qwen3_vl", "hybrid_qwen3_vl")
     processor_class = ImageOnlyQwen3VLProcessor
 
+    def __init__(self, config):
+        super().__init__(config)
+        levels, depth = config.vision_config.deepstack_visual_indexes, config.vision_config.depth
+        if outside := [level for level in levels if level not in range(depth)]:
+            raise ValueError(f"deepstack_visual_indexes holds {outside[0]}, the tower has {depth} layers")
+
     def tower(self, model, batch):
         out = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
         deepstack = dict(
@@ -572,7 +578,7 @@ def tensor_sizes(
 
 # %% ../nbs/26_teachers.ipynb #c047
 REFUSED = ("quantization_config", "fusion_config", "transformers_weights")  # they change what is loaded
-COUNTS, SIZES = ("num_hidden_layers", "depth"), ("_size", "_dim", "_heads")  # names of fields
+COUNTS, SIZES = ("num_hidden_layers", "depth", "num_labels"), ("_size", "_dim", "_heads")  # names of fields
 
 
 def _fields(value, name="config"):
@@ -599,6 +605,8 @@ def usable_config(
                 raise ValueError(f"{name} is not supported")
             if name.endswith("_implementation") and "/" in str(value):
                 raise ValueError(f"{name} {value!r} is code of a hub repository")
+            if isinstance(value, list) and len(value) > len(sizes):
+                raise ValueError(f"{name} has {len(value)} entries, the weights have {len(sizes)} tensors")
             limit = len(sizes) if name in COUNTS else largest if name.endswith(SIZES) else math.inf
             if isinstance(value, int) and value > limit:
                 raise ValueError(f"{name} is {value}, the weights have {limit} at most")

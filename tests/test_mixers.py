@@ -39,6 +39,7 @@ def mixer_of(kind, init="paper", heads=4, kv_heads=2, bias=False, eps=1e-6, scal
     )
     generator = torch.Generator().manual_seed(0)
     mixer.init_new(init, generator)
+    mixer.init_transferred(generator)
     with torch.no_grad():
         for p in mixer.parameters():
             p += scale * torch.randn(p.shape, generator=generator)

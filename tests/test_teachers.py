@@ -301,6 +301,8 @@ UNFIT = {  # a field, values that don't fit, and the message
     "text_config.num_attention_heads": ([0], CONFIG),
     "text_config.num_hidden_layers": ([10**9, 10**30], CONFIG),
     "vision_config.depth": ([10**9], CONFIG),
+    "num_labels": ([10**9], CONFIG),
+    "vision_config.deepstack_visual_indexes": ([[0] * 10**5, [99], ["0"]], CONFIG),
     "text_config.hidden_act": (["no"], CONFIG),
     "dtype": (["no"], CONFIG),
     "vision_config": ([[]], CONFIG),
