@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import repeat_kv
 
 from heed_nb.gated_delta import gated_delta_reference
 from heed_nb.hybrid import to_hybrid
-from heed_nb.mixers import MIXERS, GatedDeltaMixer, MixerConfig, causal_conv
+from heed_nb.mixers import MIXERS, GatedDeltaMixer, MixerConfig, causal_conv, init_transferred
 from heed_nb.teachers import load_teacher
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def mixer_of(kind, init="paper", heads=4, kv_heads=2, bias=False, eps=1e-6, scal
     )
     generator = torch.Generator().manual_seed(0)
     mixer.init_new(init, generator)
-    mixer.init_transferred(generator)
+    init_transferred(mixer, generator)
     with torch.no_grad():
         for p in mixer.parameters():
             p += scale * torch.randn(p.shape, generator=generator)
