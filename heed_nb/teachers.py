@@ -510,9 +510,10 @@ def local_folder(
     path: str | Path,  # a folder, or a hub id
 ) -> Path:
     "The folder, or a hub id's in the local cache; nothing is downloaded. Raises ValueError where there is neither."
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
+    with _naming(f"no model at {path!r:.80}"):
+        folder = Path(path)
+        if folder.is_dir():
+            return folder
     if len(folder.parts) == 2:
         try:
             return Path(snapshot_download(str(path), local_files_only=True))
@@ -637,7 +638,7 @@ def check_processor(config: PreTrainedConfig, processor) -> None:
         raise ValueError("it makes images larger than 2 ** 28 pixels")
     if max(getattr(images, name, 0) for name in ("max_patches", "max_slice_nums")) > 1000:
         raise ValueError("it cuts an image into more than 1000 tiles")
-    batch = processor(text=[processor.image_token], images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+    batch = processor(text=[processor.image_token], images=[Image.new("RGB", (64, 64), "white")], return_tensors="pt")
     family.check(batch["input_ids"] == processor.image_token_id, batch)
     if not batch["pixel_values"].isfinite().all():
         raise ValueError("its pixels are not finite")

@@ -103,6 +103,8 @@ def test_bad_conversions(teacher, paper_student):
         assert "\n" not in str(error.value)
 
     refused("unknown init 'zeros'; one of paper, mamba, identity", init="zeros")
+    refused("Field 'mixer' expected str, got NoneType", mixer=None)
+    refused("Field 'mixer_init' expected str, got int", init=7)
     refused("unknown mixer field 'kernel'; one of conv_kernel", kernel=4)
     refused("conv_kernel is 0; an integer of at least 1", conv_kernel=0)
     refused("6 layers can't be split 3:1", tiny.teacher("qwen3_vl", layers=6))

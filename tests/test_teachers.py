@@ -350,6 +350,7 @@ def test_a_config_that_does_not_fit_is_named(folder, field, value, match):
         ("size", []),
         ("size", dict(shortest_edge=10**12, longest_edge=10**12)),
         ("image_std", [0, 0, 0]),
+        ("rescale_factor", 1e300),
         ("image_mean", ["x"]),
         ("image_processor_type", "no"),
     ],
@@ -379,6 +380,13 @@ def test_a_tokenizer_that_does_not_fit_is_named(folder, fault, match):
     fault(content)
     write_json(folder / "tokenizer.json", content)
     fails(match, load_teacher, folder)
+
+
+@pytest.mark.parametrize(
+    "path", [None, 7, "x" * 5000, "", "~", "a/b/c", "https://hub/a", "a\0"], ids=lambda path: repr(path)[:9]
+)
+def test_what_is_no_path_of_a_model_is_named(path):
+    fails("^no model (at|in) ", load_teacher, path)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl"], scope="module")
