@@ -384,10 +384,8 @@ def test_what_trainers_and_offloading_ask_for(family, who):
     assert find_labels(type(model)) == ["labels"]
     logits = model(**batch).logits
     hidden = model.base_model(**batch)
-    assert (
-        model.base_model is not model
-        and model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
-    )
+    assert model.base_model is not model
+    assert model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
     assert torch.equal(model.get_output_embeddings()(hidden.last_hidden_state), logits) and torch.equal(
         model(**batch, return_dict=False)[0], logits
     )

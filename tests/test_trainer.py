@@ -449,10 +449,8 @@ def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
             trainer.OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"
         ):
             run(tmp_path, deadline=time.time())
-        assert (
-            checkpointing.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
-            and not (tmp_path / "student").exists()
-        )
+        assert checkpointing.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
+        assert not (tmp_path / "student").exists()
     run(tmp_path, deadline=float("inf"))
     assert_same_run(tmp_path, whole[0])
 
@@ -998,11 +996,8 @@ def test_a_bug_is_not_dressed_as_a_bad_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "residual_alignment", broken)
     with pytest.raises(ValueError) as raised:
         run(tmp_path)
-    assert (
-        raised.value is bug
-        and str(bug) == "not enough values to unpack"
-        and bug.__notes__[0].startswith("at step 1 (stage 1) on samples noise-")
-    )
+    assert raised.value is bug and str(bug) == "not enough values to unpack"
+    assert bug.__notes__[0].startswith("at step 1 (stage 1) on samples noise-")
 
 
 def test_skipped_samples_are_counted_and_the_same_after_a_resume_and_with_workers(tmp_path):
