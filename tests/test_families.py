@@ -536,11 +536,9 @@ def test_hooks_read_residuals_and_attention_outputs(case):
     "Hidden state i + 1 is layer i's output, but where DeepStack adds; attention's target is W_O's, before any norm."
     name, student = case
     family = family_of(student)
-    inputs, decoder, layers = (
-        family.language_inputs(student, batch_of(name)),
-        family.decoder(student),
-        family.layers(student),
-    )
+    inputs = family.language_inputs(student, batch_of(name))
+    decoder = family.decoder(student)
+    layers = family.layers(student)
     with (
         record_outputs(layers) as residuals,
         record_outputs(layer.self_attn for layer in layers) as attention,
@@ -616,10 +614,8 @@ def test_the_papers_teachers_and_their_hybrids_have_their_size(name, teacher_bil
     assert {"qwen3_vl": 457, "internvl": 457, "glm4v": 507, "minicpmv": 457}[config.model_type] == round(
         layers * gate_and_dt / 1e6
     )
-    theirs, kept = (
-        {name: p.shape for name, p in teacher.named_parameters()},
-        {name: p.shape for name, p in hybrids["mamba2"].named_parameters()},
-    )
+    theirs = {name: p.shape for name, p in teacher.named_parameters()}
+    kept = {name: p.shape for name, p in hybrids["mamba2"].named_parameters()}
     assert all(kept[name] == shape for name, shape in theirs.items() if name in kept)
 
 

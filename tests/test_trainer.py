@@ -85,10 +85,8 @@ def collate(samples):
 def run(out, condition="C4", settings=SETTINGS, data=Noise(), teacher_seed=0, before=None, deadline=None):
     if before:
         before()
-    teacher, recipe = (
-        tiny_teacher(seed=teacher_seed),
-        CONDITIONS[condition] if isinstance(condition, str) else condition,
-    )
+    teacher = tiny_teacher(seed=teacher_seed)
+    recipe = CONDITIONS[condition] if isinstance(condition, str) else condition
     model = to_hybrid(teacher, mixer=recipe.mixer, weight_transfer=recipe.weight_transfer, seed=settings.seed)
     return distill(model, teacher, data, collate, recipe, settings, out, progress=False, deadline=deadline)
 
@@ -1001,10 +999,8 @@ def test_a_bug_is_not_dressed_as_a_bad_sample(tmp_path, monkeypatch):
 
 
 def test_skipped_samples_are_counted_and_the_same_after_a_resume_and_with_workers(tmp_path):
-    data, settings = (
-        Failing(40, set(STEP_3[:2]) | {1, 2, 3}, "KeyError"),
-        replace(SHORT, token_budget=700, skip_bad=0.4),
-    )
+    data = Failing(40, set(STEP_3[:2]) | {1, 2, 3}, "KeyError")
+    settings = replace(SHORT, token_budget=700, skip_bad=0.4)
     numbers = distil(tmp_path / "whole", data, settings)
     named = [pair for line in log(tmp_path / "whole") for pair in line.get("skipped", [])]
     assert (
