@@ -73,11 +73,8 @@ def judged(folder, scale=SCALE):
 
 def test_every_line_has_a_measure_a_rule_and_an_id_of_its_own():
     frame = paper_claims()
-    assert (
-        frame.id.is_unique
-        and len(frame) >= 60
-        and (frame[["id", "place", "claim", "measure", "rule"]] != "").all().all()
-    )
+    assert frame.id.is_unique and len(frame) >= 60
+    assert (frame[["id", "place", "claim", "measure", "rule"]] != "").all().all()
     for claim in frame.itertuples():
         name, *words = claim.measure.split()
         assert name in MEASURED and (name == "none") == claim.rule.startswith("never: ")
@@ -267,10 +264,8 @@ def test_selectivity_steps_and_the_teacher(tmp_path):
     ):
         evaluated(tmp_path, name, [dict(fine_grained=f, reasoning=r) for f, r in zip(fine, reasoning)])
     at = judged(tmp_path)
-    assert (
-        at.value.c1_selective == pytest.approx(np.mean([40 - 89, 42 - 90, 43 - 88.5]))
-        and at.verdict.c1_selective == at.verdict.c4_c3_selective == REPRODUCED
-    )
+    assert at.value.c1_selective == pytest.approx(np.mean([40 - 89, 42 - 90, 43 - 88.5]))
+    assert at.verdict.c1_selective == at.verdict.c4_c3_selective == REPRODUCED
     average = lambda f, r: 0.6 * np.array(f) + 0.4 * np.array(r)
     step = average((18, 19, 20), (0, 0.5, 0))
     assert at.value.largest_step_c3_c2 == pytest.approx((step - average((2, 3, 1), (0, -0.5, 1))).mean())
@@ -376,11 +371,8 @@ def test_training_costs(tmp_path):
         write(tmp_path, "distill", "C4", seed, dict(seconds=204 + 0.4 * seed, tokens=2000))
         write(tmp_path, "distill", "C1", seed, dict(seconds=80, tokens=1000), device="another")
     at = judged(tmp_path)
-    assert (
-        at.value.cost_c4_c3 == pytest.approx(1.021)
-        and at.verdict.cost_c4_c3 == REPRODUCED
-        and "distill.json" in at.runs.cost_c4_c3
-    )
+    assert at.value.cost_c4_c3 == pytest.approx(1.021) and at.verdict.cost_c4_c3 == REPRODUCED
+    assert "distill.json" in at.runs.cost_c4_c3
     for seed in range(2):
         write(tmp_path, "distill", "C4", seed, dict(seconds=204 + 40 * seed, tokens=2000))
     assert list(judged(tmp_path).loc["cost_c4_c3", ["verdict", "why"]]) == [
@@ -468,10 +460,8 @@ def test_figure_3_has_all_curves_and_the_papers_numbers(tmp_path, root, monkeypa
     assert row("ablation, densest over") == ["3.5", "1.5 [1.2, 1.8]"] and row(
         "importance, one by one, densest minus"
     ) == ["", "not measured"]
-    assert (
-        row("semi-partial R²: density") == ["0.3 [0.27, 0.33]", "0.3 [0.28, 0.32]"]
-        and row("between layers, visual")[0] == "0.73, from 0.61 to 0.88"
-    )
+    assert row("semi-partial R²: density") == ["0.3 [0.27, 0.33]", "0.3 [0.28, 0.32]"]
+    assert row("between layers, visual")[0] == "0.73, from 0.61 to 0.88"
     assert row("density and sensitivity")[0] == "0.63, 5th to 95th percentile 0.49 to 0.74"
     assert "- Made from the 1 run file `runs/NAME/diagnose.json` (commit 0000000, cpu): C1-seed0-budget4000." in text
 

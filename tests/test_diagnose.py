@@ -168,10 +168,8 @@ def test_rank_correlations_are_scipys():
     numbers, table = diagnose(teacher, student, processor, documents(9), layers=[0, 1, 2], table_images=9, draws=100)
     found = {name: [] for name in CORRELATIONS}
     for _, image in table.groupby("image"):
-        s, seen = (
-            image.pivot(index="depth", columns="position", values="sensitivity"),
-            image[image.depth == 0].set_index("position"),
-        )
+        s = image.pivot(index="depth", columns="position", values="sensitivity")
+        seen = image[image.depth == 0].set_index("position")
         visual = seen.index[seen.visual.astype(bool)]
         pairs = [(0, 1), (0, 2), (1, 2)]
         found["layers"].append([spearmanr(s.loc[a, visual], s.loc[b, visual]).statistic for a, b in pairs])

@@ -119,12 +119,11 @@ SETTINGS = {  # of a generation config, by what they change
         suppress_tokens=list(range(20, 90)),
         begin_suppress_tokens=list(range(20, 90)),
         sequence_bias=[[[40], 50.0]],
-        forced_bos_token_id=40,
     ),
     "length": dict(
         exponential_decay_length_penalty=[1, 1.5], min_new_tokens=8, min_length=400, max_length=3, stop_strings=["a"]
     ),
-    "at once": dict(max_new_tokens=2, max_time=1e-6, forced_eos_token_id=40),
+    "at once": dict(max_new_tokens=2, max_time=1e-6, forced_bos_token_id=40, forced_eos_token_id=40),
     "cache": dict(use_cache=False, cache_implementation="offloaded", prefill_chunk_size=4),
     "output": dict(return_dict_in_generate=True, output_scores=True, renormalize_logits=True),
     "another way": dict(penalty_alpha=0.6, dola_layers="high", low_memory=True),

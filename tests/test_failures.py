@@ -67,10 +67,8 @@ def test_a_regimes_score_moves_no_average_and_no_table():
         scores([run_of("C0", None, measured), run_of("C4", 0, measured)])
         for measured in (ten, ten | {"texture": 0.0, "smooth": 100.0})
     )
-    assert (
-        beside[~beside.row.isin(REGIMES)].reset_index(drop=True).equals(alone)
-        and sorted(beside[beside.condition == "C4"].row.tail(2)) != []
-    )
+    assert beside[~beside.row.isin(REGIMES)].reset_index(drop=True).equals(alone)
+    assert sorted(beside[beside.condition == "C4"].row.tail(2)) != []
     assert beside[beside.row == "smooth"].score.tolist() == [100, 100]
     assert score_table(beside, 100).equals(score_table(alone, 100))
 
@@ -156,11 +154,8 @@ def test_pairs_and_joint_failures(tmp_path):
     answers = [[q.answer if r.random() < 0.4 else "no" for q in asked] for _ in range(2)]
     first, second = (write_answers(tmp_path, name, map(line, asked, said)) for name, said in zip(("C1", "C4"), answers))
     pairs = pair_answers(first, second)
-    assert (
-        pairs.index.to_list() == [q.key for q in asked]
-        and pairs.response_a.to_list() == answers[0]
-        and pairs.response_b.to_list() == answers[1]
-    )
+    assert pairs.index.to_list() == [q.key for q in asked] and pairs.response_a.to_list() == answers[0]
+    assert pairs.response_b.to_list() == answers[1]
     both = [q for q, x, y in zip(asked, *answers) if x == y == "no"]
     kinds = joint_failures(pairs).kind
     assert 0 < len(both) < len(asked) and kinds.to_dict() == {
@@ -236,11 +231,8 @@ def test_figure_6_of_another_pair_and_a_regime_at_its_ceiling(root, tmp_path, mo
         (tmp_path / "tables/figure_06.md").read_text(),
     ][1]
     text = page(pair=["C2", "C5"])
-    assert (
-        "C2 fails and C5 answers 3 of 3" in text
-        and "An answer is right here where it scores 1" in text
-        and '"is level with" where it holds 0' in text
-    )
+    assert "C2 fails and C5 answers 3 of 3" in text and "An answer is right here where it scores 1" in text
+    assert '"is level with" where it holds 0' in text
     assert (
         "At its ceiling of 100 with every condition, so that it can tell none of them apart: Smooth evidence." in text
     )

@@ -384,10 +384,8 @@ def test_what_trainers_and_offloading_ask_for(family, who):
     assert find_labels(type(model)) == ["labels"]
     logits = model(**batch).logits
     hidden = model.base_model(**batch)
-    assert (
-        model.base_model is not model
-        and model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
-    )
+    assert model.base_model is not model
+    assert model.get_decoder() is family_of(model).decoder(model) is model.base_model.get_decoder()
     assert torch.equal(model.get_output_embeddings()(hidden.last_hidden_state), logits) and torch.equal(
         model(**batch, return_dict=False)[0], logits
     )
@@ -538,11 +536,9 @@ def test_hooks_read_residuals_and_attention_outputs(case):
     "Hidden state i + 1 is layer i's output, but where DeepStack adds; attention's target is W_O's, before any norm."
     name, student = case
     family = family_of(student)
-    inputs, decoder, layers = (
-        family.language_inputs(student, batch_of(name)),
-        family.decoder(student),
-        family.layers(student),
-    )
+    inputs = family.language_inputs(student, batch_of(name))
+    decoder = family.decoder(student)
+    layers = family.layers(student)
     with (
         record_outputs(layers) as residuals,
         record_outputs(layer.self_attn for layer in layers) as attention,
@@ -618,10 +614,8 @@ def test_the_papers_teachers_and_their_hybrids_have_their_size(name, teacher_bil
     assert {"qwen3_vl": 457, "internvl": 457, "glm4v": 507, "minicpmv": 457}[config.model_type] == round(
         layers * gate_and_dt / 1e6
     )
-    theirs, kept = (
-        {name: p.shape for name, p in teacher.named_parameters()},
-        {name: p.shape for name, p in hybrids["mamba2"].named_parameters()},
-    )
+    theirs = {name: p.shape for name, p in teacher.named_parameters()}
+    kept = {name: p.shape for name, p in hybrids["mamba2"].named_parameters()}
     assert all(kept[name] == shape for name, shape in theirs.items() if name in kept)
 
 

@@ -194,10 +194,8 @@ def test_bfloat16(batch, kind):
     assert (logits.float()[real] - expected).norm() < dict(mamba2=0.1, gdn=0.15)[kind] * expected.norm()
     how = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert student.generate(**batch, **how).shape == student.generate(**batch, **how, use_cache=False).shape
-    mixer, u = (
-        student.model.language_model.layers[0].self_attn,
-        torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).bfloat16(),
-    )
+    mixer = student.model.language_model.layers[0].self_attn
+    u = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     y, expected = mixer(u)[0].float(), mixer.float()(u.float())[0]
     assert (y - expected).norm() < 0.02 * expected.norm()
 

@@ -503,6 +503,10 @@ def test_curve_and_figure(paper, tmp_path, budgets, says):
         assert figure.axes[0].get_ylim()[1] > 102  # a spread at 100 is not cut
 
 
+def test_no_page_needs_tabulate(root):
+    assert not [path.name for path in (root / "nbs/paper").glob("*.ipynb") if "to_markdown" in path.read_text()]
+
+
 @pytest.mark.parametrize(
     "name, holds",
     [

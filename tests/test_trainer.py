@@ -85,10 +85,8 @@ def collate(samples):
 def run(out, condition="C4", settings=SETTINGS, data=Noise(), teacher_seed=0, before=None, deadline=None):
     if before:
         before()
-    teacher, recipe = (
-        tiny_teacher(seed=teacher_seed),
-        CONDITIONS[condition] if isinstance(condition, str) else condition,
-    )
+    teacher = tiny_teacher(seed=teacher_seed)
+    recipe = CONDITIONS[condition] if isinstance(condition, str) else condition
     model = to_hybrid(teacher, mixer=recipe.mixer, weight_transfer=recipe.weight_transfer, seed=settings.seed)
     return distill(model, teacher, data, collate, recipe, settings, out, progress=False, deadline=deadline)
 
@@ -449,10 +447,8 @@ def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
             trainer.OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"
         ):
             run(tmp_path, deadline=time.time())
-        assert (
-            checkpointing.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
-            and not (tmp_path / "student").exists()
-        )
+        assert checkpointing.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
+        assert not (tmp_path / "student").exists()
     run(tmp_path, deadline=float("inf"))
     assert_same_run(tmp_path, whole[0])
 
@@ -1016,18 +1012,13 @@ def test_a_bug_is_not_dressed_as_a_bad_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "residual_alignment", broken)
     with pytest.raises(ValueError) as raised:
         run(tmp_path)
-    assert (
-        raised.value is bug
-        and str(bug) == "not enough values to unpack"
-        and bug.__notes__[0].startswith("at step 1 (stage 1) on samples noise-")
-    )
+    assert raised.value is bug and str(bug) == "not enough values to unpack"
+    assert bug.__notes__[0].startswith("at step 1 (stage 1) on samples noise-")
 
 
 def test_skipped_samples_are_counted_and_the_same_after_a_resume_and_with_workers(tmp_path):
-    data, settings = (
-        Failing(40, set(STEP_3[:2]) | {1, 2, 3}, "KeyError"),
-        replace(SHORT, token_budget=700, skip_bad=0.4),
-    )
+    data = Failing(40, set(STEP_3[:2]) | {1, 2, 3}, "KeyError")
+    settings = replace(SHORT, token_budget=700, skip_bad=0.4)
     numbers = distil(tmp_path / "whole", data, settings)
     named = [pair for line in log(tmp_path / "whole") for pair in line.get("skipped", [])]
     assert (
