@@ -17,7 +17,10 @@ from heed_nb.cached_weights import build_density_cache, build_gradient_cache
 from heed_nb.conditions import get_condition, load_scale
 from heed_nb.data import collate
 from heed_nb.hybrid import to_hybrid
-from heed_nb.results import AVERAGES, TITLES, markdown_table, read_run, root, run_name
+from heed_nb.files import root
+from heed_nb.runs import read_run, run_name
+from heed_nb.statistics import AVERAGES, TITLES
+from heed_nb.tables import markdown_table
 from heed_nb.streams import replaced_indices
 from heed_nb.teachers import load_teacher
 from heed_nb.toyworld import Documents

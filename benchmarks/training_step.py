@@ -20,7 +20,7 @@ from heed_nb.cached_weights import build_density_cache, build_gradient_cache, ca
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
 from heed_nb.hybrid import mixer_parameters, pair_with_teacher, to_hybrid
-from heed_nb.results import root
+from heed_nb.files import root
 from heed_nb.streams import replaced_indices
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents

@@ -19,8 +19,9 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from .conditions import MOST_SEED, SPEED_ONLY, Scale, get_condition, is_whole, load_scale
-from .files import locked, write_file
-from .results import PAPER, notebook_parameters, publish, read_run, root, run_name
+from .files import locked, root, write_file
+from .paper_numbers import PAPER
+from .runs import notebook_parameters, publish, read_run, run_name
 
 # %% ../nbs/67_batch.ipynb #c005
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def alone(scale: Scale) -> Iterator[None]:
 
 # %% ../nbs/67_batch.ipynb #c034
 def publish_scale(scale: str) -> None:
-    "Calls `heed_nb.results.publish` while no batch is at work, and prints where the copies are."
+    "Calls `heed_nb.runs.publish` while no batch is at work, and prints where the copies are."
     plan = load_scale(scale)
     with alone(plan) if (root() / "outputs" / scale).exists() else nullcontext():
         print(publish(plan.name))

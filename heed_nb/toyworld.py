@@ -7,7 +7,8 @@ __all__ = ['SIDE', 'PATCH', 'BAND', 'KINDS', 'KEYS', 'GLYPHS', 'SHAPES', 'PLACES
            'WHITE', 'FILLS', 'LABELS', 'POINTS', 'READING', 'RULE', 'TURNS', 'FAILURES', 'ROPE', 'PATCHES', 'BLOCKS',
            'LAYERS', 'TOYS', 'SPECIAL', 'CHAT_TEMPLATE', 'READ_OUT', 'Text', 'Shape', 'Page', 'glyph', 'draw_page',
            'render', 'page_labels', 'Question', 'page_questions', 'draw_regime', 'Documents', 'benchmark', 'asked_text',
-           'failure', 'Toy', 'tokenizer', 'processor', 'teacher_config', 'Muon', 'mlp_energy', 'train_teacher']
+           'failure', 'failure_kinds', 'Toy', 'tokenizer', 'processor', 'teacher_config', 'Muon', 'mlp_energy',
+           'train_teacher']
 
 # %% ../nbs/42_toyworld.ipynb #c002
 import functools
@@ -457,6 +458,17 @@ def failure(
     if response.strip() in {t.string for t in question.page.texts if t.field} - {text.string}:
         return "F1"
     return "F3" if max(max(glyph(c, text.font, text.size)[0].size) for c in text.string) <= PATCH else "other"
+
+# %% ../nbs/42_toyworld.ipynb #c034k
+def failure_kinds(
+    answers: list[tuple[str, str]],  # a question's key, a wrong response
+) -> list[str]:  # of FAILURES
+    "The kind of each failure; a question's page is drawn again from its key."
+    counts = {}
+    for benchmark_key, _, index in (key.rpartition("-") for key, _ in answers):
+        counts[benchmark_key] = max(counts.get(benchmark_key, 0), int(index) + 1)
+    asked = {q.key: q for benchmark_key, n in counts.items() for q in benchmark(benchmark_key, n)}
+    return [failure(asked[key], response) for key, response in answers]
 
 # %% ../nbs/42_toyworld.ipynb #c039
 @dataclass(frozen=True)

@@ -11,21 +11,19 @@ from test_results import notebook
 
 from heed_nb.conditions import BENCHMARKS, CONDITIONS, Scale, load_scale
 from heed_nb.regression import CORRELATIONS
-from heed_nb.results import (
-    AVERAGES,
+from heed_nb.claims import (
     MEASURED,
+    Measured,
     RULES,
     VERDICTS,
-    Measured,
     claim_verdict,
     claims,
     claims_markdown,
     paper_claims,
     paper_value,
-    publish,
-    read_run,
-    run_name,
 )
+from heed_nb.runs import publish, read_run, run_name
+from heed_nb.statistics import AVERAGES
 
 REPRODUCED, NOT, UNDECIDED, UNTESTED = VERDICTS
 SCALE = Scale("made", teacher="t", token_budget=4000, budgets=(1000, 4000), teachers={"t": {}, "other": {}})

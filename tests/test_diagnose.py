@@ -28,7 +28,7 @@ from heed_nb.drift import (
 from heed_nb.hybrid import to_hybrid
 from heed_nb.losses import predicts_answer, record_outputs
 from heed_nb.regression import CORRELATIONS, ImageMoments, bootstrap_counts, decile_curve, diagnose, interval, regress
-from heed_nb.results import read_run
+from heed_nb.runs import read_run
 from heed_nb.teachers import family_of
 
 families = pytest.mark.parametrize("family", tiny.TINY)

@@ -11,17 +11,9 @@ from test_results import notebook
 
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, REASONING, REGIMES, TASKS
 from heed_nb.evaluate import evaluate, task_files
-from heed_nb.results import (
-    AVERAGES,
-    ROWS,
-    joint_failures,
-    pair_answers,
-    read_answers,
-    run_name,
-    score_table,
-    scores,
-    write_run,
-)
+from heed_nb.runs import joint_failures, pair_answers, read_answers, run_name, write_run
+from heed_nb.statistics import AVERAGES, ROWS, scores
+from heed_nb.tables import score_table
 from heed_nb.toyworld import (
     BAND,
     COLOURS,
@@ -32,6 +24,7 @@ from heed_nb.toyworld import (
     asked_text,
     benchmark,
     failure,
+    failure_kinds,
     glyph,
     render,
 )
@@ -157,11 +150,11 @@ def test_pairs_and_joint_failures(tmp_path):
     assert pairs.index.to_list() == [q.key for q in asked] and pairs.response_a.to_list() == answers[0]
     assert pairs.response_b.to_list() == answers[1]
     both = [q for q, x, y in zip(asked, *answers) if x == y == "no"]
-    kinds = joint_failures(pairs).kind
+    kinds = joint_failures(pairs, failure_kinds).kind
     assert 0 < len(both) < len(asked) and kinds.to_dict() == {
         q.key: {"infovqa": "F3", "docvqa": "other", "mathvista": "F1"}[q.benchmark] for q in both
     }
-    assert joint_failures(pair_answers(first, first)).index.to_list() == [
+    assert joint_failures(pair_answers(first, first), failure_kinds).index.to_list() == [
         q.key for q, x in zip(asked, answers[0]) if x == "no"
     ]
 
@@ -268,7 +261,7 @@ def test_a_key_that_is_printed_is_no_other_fields_answer():
 
 
 def test_the_claim_counts_ocrbench_alone(tmp_path):
-    from heed_nb.results import MEASURED, Evidence
+    from heed_nb.claims import Evidence, MEASURED
 
     asked = [*benchmark("ocrbench_v2", 40), *benchmark("mathvista", 5)]
     for name, condition in (("C1-seed0-budget100", "C1"), ("C4-seed0-budget100", "C4")):
@@ -276,10 +269,11 @@ def test_the_claim_counts_ocrbench_alone(tmp_path):
         (tmp_path / name / "evaluate.json").write_text(
             json.dumps(dict(kind="evaluate", parameters={}, numbers=dict(scores={}, n={}), provenance={}))
         )
-    scale = SimpleNamespace(data="toyworld", token_budget=100)
+    scale = SimpleNamespace(token_budget=100)
     small = sum(asked_text(q).size == 11 for q in asked[:40])
-    found = MEASURED["failures"](Evidence(tmp_path, scale), "C1", "C4")
+    found = MEASURED["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4")
     assert 0 < small < 40 and found.value == pytest.approx(100 * small / 40) and found.why == "one seed"
+    assert "told from toy pages" in MEASURED["failures"](Evidence(tmp_path, scale), "C1", "C4").why
     (tmp_path / "C1-seed0-budget100" / "answers.jsonl").unlink()
-    assert "no answers.jsonl in C1-seed0-budget100" in MEASURED["failures"](Evidence(tmp_path, scale), "C1", "C4").why
-    assert MEASURED["failures"](Evidence(tmp_path, SimpleNamespace(data="paper", token_budget=100)), "C1", "C4").why
+    why = MEASURED["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4").why
+    assert "no answers.jsonl in C1-seed0-budget100" in why

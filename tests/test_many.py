@@ -14,7 +14,7 @@ from heed_nb import checkpoints, trainer
 from heed_nb.batch import alone, remove_runs, run_notebook, teacher_lacks
 from heed_nb.conditions import load_scale
 from heed_nb.files import write_file
-from heed_nb.results import write_run
+from heed_nb.runs import write_run
 
 C4 = "outputs/smoke/runs/C4-seed0-budget3000"
 

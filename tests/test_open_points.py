@@ -5,7 +5,7 @@ import pytest
 
 from heed_nb.batch import Batch, Run, choices, open_points, run_notebook
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, differing, load_scale
-from heed_nb.results import read_runs, write_run
+from heed_nb.runs import read_runs, write_run
 
 PAGE = "nbs/paper/open_points.ipynb"
 BUDGET = 3000

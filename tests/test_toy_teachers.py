@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from heed_nb.data import collate
 from heed_nb.evaluate import evaluate
 from heed_nb.files import check_sums
-from heed_nb.results import read_run
+from heed_nb.runs import read_run
 from heed_nb.teachers import FAMILIES, family_of, load_teacher
 from heed_nb.toyworld import TOYS, Documents, mlp_energy, train_teacher
 
