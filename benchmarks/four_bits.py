@@ -21,10 +21,10 @@ from heed_nb.files import root
 from heed_nb.runs import read_run, run_name
 from heed_nb.statistics import AVERAGES, TITLES
 from heed_nb.tables import markdown_table
+from heed_nb.schedule import batch_indices
 from heed_nb.streams import replaced_indices
 from heed_nb.teachers import load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.trainer import batch_indices
 
 ROWS = ("fine_grained", "reasoning")
 

@@ -19,12 +19,12 @@ import torch
 from heed_nb.cached_weights import build_density_cache, build_gradient_cache, cached_values, with_cache_keys
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
-from heed_nb.hybrid import mixer_parameters, pair_with_teacher, to_hybrid
+from heed_nb.hybrid import mixer_parameters, to_hybrid
 from heed_nb.files import root
-from heed_nb.streams import replaced_indices
+from heed_nb.streams import pair_with_teacher, replaced_indices
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.trainer import Phases, step_loss
+from heed_nb.trainer import step_loss
 
 WARM_UP = 3  # batches that are not counted
 
@@ -57,9 +57,9 @@ def main(teacher, documents, steps):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = clock()
-            step_loss(
-                2, student, family_of(student), tensors, batch["keys"], condition, settings, Phases(device), cached
-            )["loss"].backward()
+            step_loss(2, student, family_of(student), tensors, batch["keys"], condition, settings, cached)[
+                "loss"
+            ].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             spent = clock() - start

@@ -22,7 +22,7 @@ from .sensitivity import compress
 from .streams import replaced_indices, teacher_sensitivity
 from .teachers import family_of
 from .weight_cache import WeightCache, build, image_keys, sample_key
-from .weights import variant_of
+from .weights import GRADIENTS
 
 # %% ../nbs/35_cached_weights.ipynb #c005
 def _described(name: str, settings: dict) -> dict[str, str]:
@@ -97,7 +97,7 @@ def sample_sensitivities(
 ) -> list[Tensor]:  # [positions] each; +LD: [layers positions], layer after layer
     "The compressed sensitivities of each sample's unpadded positions."
     batch, inputs = _inputs(teacher, collate, samples)
-    found = variant_of(condition.weights, teacher_sensitivity(teacher, inputs, batch["labels"], layers))
+    found = GRADIENTS[condition.weights](teacher_sensitivity(teacher, inputs, batch["labels"], layers))
     present = batch["attention_mask"].bool()
     return [compress(found[..., i, there]).flatten().cpu() for i, there in enumerate(present)]
 

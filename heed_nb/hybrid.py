@@ -10,11 +10,10 @@ __all__ = ['LAYER_TYPES', 'HYBRIDS', 'HybridTextConfig', 'padding_mask', 'packed
            'HybridGlm4vConfig', 'HybridGlm4vTextModel', 'HybridGlm4vModel', 'HybridGlm4vForConditionalGeneration',
            'HybridQwen3ForCausalLM', 'HybridMiniCPMV45Config', 'HybridMiniCPMV45Model',
            'HybridMiniCPMV45ForConditionalGeneration', 'kept_layers', 'check_source', 'hybrid_config', 'to_hybrid',
-           'mixer_parameters', 'transferred_parameters', 'pair_with_teacher', 'teacher_path', 'unpair']
+           'mixer_parameters', 'transferred_parameters']
 
 # %% ../nbs/28_hybrid.ipynb #c003
 import copy
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 import torch
@@ -625,64 +624,3 @@ def transferred_parameters(student) -> list[str]:
         for name, _ in mixer.named_parameters()
         if name.split(".")[0] in mixer.transferred
     ]
-
-# %% ../nbs/28_hybrid.ipynb #c028
-def pair_with_teacher(
-    student,  # of `to_hybrid`, or loaded
-    teacher,  # the model it came from; its parameters are frozen
-):  # the student
-    "Puts the teacher's attention into the replaced layers and makes all other parameters the teacher's own tensors. Raises ValueError naming the first that differs."
-    mixers = mixer_parameters(student)
-    source = dict(teacher.named_parameters(remove_duplicate=False))
-    own = {
-        name: p
-        for name, p in student.named_parameters(remove_duplicate=False)
-        if name not in mixers and ".teacher_attn." not in name
-    }
-    for name, p in own.items():
-        if name not in source:
-            raise ValueError(f"the teacher has no tensor {name}")
-        q = source[name]
-        if p.dtype != q.dtype or p.shape != q.shape or p.device != q.device or not torch.equal(p, q):
-            raise ValueError(f"{name} differs from the teacher's")
-    teacher.requires_grad_(False)
-    for name in own:
-        _assign(student, name, source[name])
-    for name, mixer in _mixers(student).items():
-        student.get_submodule(name.rpartition(".")[0]).teacher_attn = teacher.get_submodule(name)
-    student._keys_to_ignore_on_save = set(student._keys_to_ignore_on_save or ()) | {
-        name for name in student.state_dict() if ".teacher_attn." in name
-    }
-    return student
-
-
-def _paired_layers(student):
-    return [layer for layer in family_of(student).layers(student) if hasattr(layer, "teacher_attn")]
-
-
-@contextmanager
-def teacher_path(student):
-    "Inside, a paired student computes its teacher; outside it is the student. Raises ValueError if it has no teacher."
-    layers, config = _paired_layers(student), student.config.get_text_config()
-    if not layers:
-        raise ValueError("the student has no teacher; pair_with_teacher gives it one")
-    attention, types = [layer.self_attn for layer in layers], config.layer_types
-    try:
-        for layer in layers:
-            layer.self_attn = layer.teacher_attn
-        config.layer_types = ["full_attention"] * len(types)  # from these come caches and generation's masks
-        yield student
-    finally:
-        for layer, module in zip(layers, attention):
-            layer.self_attn = module
-        config.layer_types = types
-
-
-def unpair(student):
-    "Takes the teacher's attention out again, so that a saved student carries no teacher."
-    for layer in _paired_layers(student):
-        del layer.teacher_attn
-    student._keys_to_ignore_on_save = {
-        name for name in student._keys_to_ignore_on_save or () if ".teacher_attn." not in name
-    }
-    return student

@@ -20,20 +20,12 @@ import heed_nb
 import tiny
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import Sample, collate
-from heed_nb.hybrid import (
-    HYBRIDS,
-    hybrid_config,
-    mixer_parameters,
-    pair_with_teacher,
-    teacher_path,
-    to_hybrid,
-    transferred_parameters,
-)
+from heed_nb.hybrid import HYBRIDS, hybrid_config, mixer_parameters, to_hybrid, transferred_parameters
 from heed_nb.losses import record_outputs
 from heed_nb.mixers import MIXERS
 from heed_nb.teachers import family_class, family_of, load_teacher, paper_config
-from heed_nb.streams import aligned_outputs, replaced_layers
-from heed_nb.trainer import Phases, step_loss
+from heed_nb.streams import aligned_outputs, pair_with_teacher, replaced_layers, teacher_path
+from heed_nb.trainer import step_loss
 
 FAMILIES = list(tiny.TINY)
 CASES = [(family, "mamba2", "paper") for family in FAMILIES] + [
@@ -550,7 +542,7 @@ def test_hooks_read_residuals_and_attention_outputs(case):
     assert torch.equal(decoder.norm(residuals[3]), out.last_hidden_state)
     for a, b in zip(attention, projected):
         assert torch.equal(a, b)
-    replaced = replaced_layers(student, family)
+    replaced = replaced_layers(student)
     assert all(torch.equal(a, b) for a, b in zip(aligned_outputs(decoder, inputs, replaced, "residual"), residuals))
     assert all(
         torch.equal(a, b) for a, b in zip(aligned_outputs(decoder, inputs, replaced, "attention_output"), attention)
@@ -576,8 +568,8 @@ def test_a_step_reaches_every_mixer_and_nothing_else(family, mixer, stage):
     with torch.no_grad():
         before = teacher(**inputs).logits
     pair_with_teacher(student, teacher)
-    settings, phases = TrainSettings(token_budget=1000), Phases(torch.device("cpu"))
-    loss = step_loss(stage, student, family_of(student), batch, keys, CONDITIONS["C4"], settings, phases)["loss"]
+    settings = TrainSettings(token_budget=1000)
+    loss = step_loss(stage, student, family_of(student), batch, keys, CONDITIONS["C4"], settings)["loss"]
     loss.backward()
     assert loss.isfinite() and loss > 0
     mixers = mixer_parameters(student)

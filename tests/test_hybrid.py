@@ -10,16 +10,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 import tiny
-from heed_nb.hybrid import (
-    kept_layers,
-    mixer_parameters,
-    pair_with_teacher,
-    teacher_path,
-    to_hybrid,
-    transferred_parameters,
-    unpair,
-)
+from heed_nb.hybrid import kept_layers, mixer_parameters, to_hybrid, transferred_parameters
 from heed_nb.mixers import MIXERS, Mamba2Mixer
+from heed_nb.streams import pair_with_teacher, teacher_path, unpair
 
 torch.set_num_threads(1)
 kinds = pytest.mark.parametrize("kind", MIXERS)

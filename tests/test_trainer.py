@@ -26,15 +26,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from heed_nb import cached_weights, files, losses, streams, trainer, weights
+from heed_nb import files, losses, schedule, streams, trainer
 from heed_nb import checkpoints as checkpointing
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import BadSample
 from heed_nb.density import position_weights
-from heed_nb.hybrid import mixer_parameters, pair_with_teacher, teacher_path, to_hybrid, transferred_parameters
+from heed_nb.hybrid import mixer_parameters, to_hybrid, transferred_parameters
+from heed_nb.streams import pair_with_teacher, teacher_path
 from heed_nb.teachers import family_of
 from heed_nb.toyworld import train_teacher
 from heed_nb.trainer import checkpoints, distill
+from heed_nb.weights import mask_weights, random_scores
 
 IMAGE = tiny.config("qwen3_vl").image_token_id
 SETTINGS = TrainSettings(token_budget=1800, lr=1e-3, batch_size=4, checkpoint_every=4, threads=1)
@@ -273,7 +275,7 @@ def test_the_matrix_of_each_familys_attention(family):
     model, batch = tiny.teacher(family), tiny.batch_of(tiny.samples(family)[:2], tiny.processor(family))
     student = pair_with_teacher(to_hybrid(model), model)
     kind, mask = family_of(student), batch["attention_mask"]
-    layers = streams.replaced_layers(student, kind)
+    layers = streams.replaced_layers(student)
     with teacher_path(student):
         given = streams.attention_inputs(kind.decoder(student), kind.language_inputs(student, batch), layers)
     matrices = [streams.attention_matrix(layer.teacher_attn, g, mask) for layer, g in zip(layers, given)]
@@ -323,7 +325,7 @@ def paired(family):
     teacher, batch = tiny.teacher(family), tiny.batch_of(tiny.samples(family), tiny.processor(family))
     model = pair_with_teacher(to_hybrid(teacher), teacher)
     kind = family_of(model)
-    return model, kind, streams.replaced_layers(model, kind), batch, kind.language_inputs(model, batch)
+    return model, kind, streams.replaced_layers(model), batch, kind.language_inputs(model, batch)
 
 
 @pytest.mark.parametrize("family", tiny.TINY)
@@ -341,14 +343,7 @@ def test_gradient_weights_of_a_step_are_eq_7(family):
         )
         for condition in ("C3", "C5", "+LD", "+SL"):
             trainer.step_loss(
-                2,
-                model.train().requires_grad_(False),
-                kind,
-                batch,
-                list("abcd"),
-                CONDITIONS[condition],
-                SETTINGS,
-                trainer.Phases(torch.device("cpu")),
+                2, model.train().requires_grad_(False), kind, batch, list("abcd"), CONDITIONS[condition], SETTINGS
             )
             seen[condition] = seen.pop("target"), seen.pop("weights")
     teacher = tiny.teacher(family)
@@ -385,9 +380,7 @@ def test_a_conditions_own_tau_and_beta_are_those_of_its_weights(monkeypatch):
         for given in own.values()
     ]
     for name in own:
-        trainer.step_loss(
-            2, model, kind, batch, list("abcd"), CONDITIONS[name], settings, trainer.Phases(torch.device("cpu"))
-        )
+        trainer.step_loss(2, model, kind, batch, list("abcd"), CONDITIONS[name], settings)
     torch.testing.assert_close(used, expected, rtol=0, atol=0)
     assert not any(one.allclose(other) for one, other in combinations(used, 2))
 
@@ -426,12 +419,12 @@ def test_a_forced_student_reads_the_teachers_stream_in_each_layer(family, alignm
 def test_random_masks_and_shuffles_are_of_the_run_and_the_sample():
     visual = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 0], [1] * 8 + [0, 0]], dtype=torch.bool)
     mask = torch.tensor([[1] * 10, [1] * 9 + [0]])
-    scores = weights.random_scores(visual, ["a", "a"], 0)
+    scores = random_scores(visual, ["a", "a"], 0)
     assert scores[0, visual[0]].equal(scores[1, visual[1]]) and scores[~visual].abs().max() == 0
-    for other in (weights.random_scores(visual, ["b", "c"], 0), weights.random_scores(visual, ["a", "a"], 1)):
+    for other in (random_scores(visual, ["b", "c"], 0), random_scores(visual, ["a", "a"], 1)):
         assert not other[visual].equal(scores[visual])
     for share, chosen in ((0.1, 1), (0.25, 2), (0.5, 4), (1.0, 8)):
-        masked = weights.mask_weights(scores, visual, mask, share)
+        masked = mask_weights(scores, visual, mask, share)
         torch.testing.assert_close(masked.sum(-1), mask.sum(-1).float())
         assert masked[1, 9] == 0
         for row, present, ranked in zip(masked, mask.bool(), scores):
@@ -872,7 +865,7 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path, whole, changed, mes
 @pytest.mark.parametrize("condition, kind", [("C4", ValueError), ("C3", FloatingPointError)])
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, condition, kind):
     settings = replace(SETTINGS, stages=(0.0, 1.0, 0.0))
-    bad = trainer.batch_indices(None, settings.batch_size, settings.seed, 5)[2]  # the third sample of step 6
+    bad = schedule.batch_indices(None, settings.batch_size, settings.seed, 5)[2]  # the third sample of step 6
     with pytest.raises(kind) as error:
         run(tmp_path, condition, settings, data=Noise(bad))
     message = str(error.value)
@@ -924,7 +917,7 @@ def distil(out, data, settings, collate=collate_or_fail, **options):
     )
 
 
-STEP_3 = trainer.batch_indices(40, 4, 0, 2)
+STEP_3 = schedule.batch_indices(40, 4, 0, 2)
 SHORT = replace(SETTINGS, checkpoint_every=2)
 
 

@@ -19,16 +19,18 @@ import torch
 from PIL import Image, ImageFile
 
 import tiny
-from heed_nb import cached_weights, checkpoints, trainer, weights
+from heed_nb import cached_weights, checkpoints, schedule, trainer
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
 from heed_nb.density import position_weights
 from heed_nb.files import locked
-from heed_nb.hybrid import pair_with_teacher, to_hybrid, unpair
+from heed_nb.hybrid import to_hybrid
 from heed_nb.losses import record_outputs
+from heed_nb.streams import pair_with_teacher, unpair
 from heed_nb.teachers import LanguageInputs, family_of, load_teacher
 from heed_nb.toyworld import Documents
 from heed_nb.weight_cache import WeightCache, build, dequantize, quantize, sample_key, write_shard
+from heed_nb.weights import GRADIENTS
 
 processes = multiprocessing.get_context("fork")
 IDENTITY = {"tower": "0123abcd", "reduce": "mean"}
@@ -324,13 +326,13 @@ def test_the_last_stage_needs_no_cache(toy, tmp_path):
         toy.processor,
         SETTINGS,
         progress=False,
-        indices=trainer.batch_indices(8, 4, 0, 0),
+        indices=schedule.batch_indices(8, 4, 0, 0),
     )
     settings = replace(SETTINGS, token_budget=2000, stages=(0.0, 0.01, 0.99), density_cache=str(few.path))
     assert [line["stage"] for line in distilled(toy, tmp_path / "run", settings=settings)][:3] == [2, 3, 3]
     with pytest.raises(ValueError) as error:
         distilled(toy, tmp_path / "other", settings=replace(settings, stages=(0.0, 1.0, 0.0)))
-    lost = next(i for i in trainer.batch_indices(8, 4, 0, 1) if i != 5)
+    lost = next(i for i in schedule.batch_indices(8, 4, 0, 1) if i != 5)
     assert f"sample 'toy-train-0-{lost:06d}' is not in the cache: {few.path} has no record" in str(error.value)
     assert "step 2 (stage 2)" in str(error.value) and "\n" not in str(error.value)
 
@@ -488,11 +490,8 @@ def sensitivities(toy, documents, condition):
         batch = toy.collate([document])
         with record_outputs(family_of(toy.teacher).layers(toy.teacher)[i] for i in LAYERS) as outputs:
             loss = toy.teacher(**{k: v for k, v in batch.items() if k != "keys"}).loss
-        found.append(
-            weights.variant_of(
-                condition.weights, torch.stack([g.square().sum(-1) for g in torch.autograd.grad(loss, outputs)])
-            )[..., 0, :]
-        )
+        sensitivity = torch.stack([g.square().sum(-1) for g in torch.autograd.grad(loss, outputs)])
+        found.append(GRADIENTS[condition.weights](sensitivity)[..., 0, :])
     return found
 
 
