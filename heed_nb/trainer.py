@@ -96,7 +96,7 @@ _COUNTING: ContextVar[Phases | None] = ContextVar("phases", default=None)
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    "Counts the time inside, or in the decorated function, under `name`, and then goes back to the phase around it."
+    "Adds the time inside, or in the function that it decorates, to a phase of the run."
     if (phases := _COUNTING.get()) is None:
         yield
         return
@@ -110,7 +110,7 @@ def phase(name: str) -> Iterator[None]:
 # %% ../nbs/36_trainer.ipynb #t006
 @contextmanager
 def counting(phases: Phases) -> Iterator[None]:
-    "Inside, `phase` counts here, and other time counts as the last phase, `checkpoint`."
+    "Inside, `phase` adds to these phases; time outside any phase is added to the last, `checkpoint`."
     token = _COUNTING.set(phases)
     phases.mark(phases.names[-1])
     try:
@@ -130,7 +130,7 @@ def alignment_weights(
     cached: Callable[[Tensor], Tensor] | None = None,  # mask -> a cache's values there; None: they are computed
     sensitivity: Tensor | None = None,  # [layers, B, T], for gradient weights without a cache
 ) -> Tensor:  # [B, T], or [layers, B, T] for +LD; 0 at padding, each row sums to its unpadded length
-    "w(p) of Eq. 5: the condition's row of `WEIGHTS`. Its own tau and beta go before the settings'."
+    "w(p) of Eq. 5, by the condition's row of `WEIGHTS`, with its own tau and beta where it has them."
 
     def density():
         return cached(inputs.visual_mask) if cached else family.density(inputs, reduce=settings.reduce)
@@ -172,7 +172,7 @@ class BadBatch(ValueError):
 
 @contextmanager
 def _blaming_the_batch() -> Iterator[None]:
-    "Raises ValueErrors from inside, which are checks of the batch's content, as BadBatch."
+    "Inside, ValueErrors come from checks of the batch's content. Raises them as BadBatch."
     try:
         yield
     except ValueError as error:

@@ -36,7 +36,6 @@ from heed_nb.streams import pair_with_teacher, teacher_path
 from heed_nb.teachers import family_of
 from heed_nb.toyworld import train_teacher
 from heed_nb.trainer import checkpoints, distill
-from heed_nb.weights import mask_weights, random_scores
 
 IMAGE = tiny.config("qwen3_vl").image_token_id
 SETTINGS = TrainSettings(token_budget=1800, lr=1e-3, batch_size=4, checkpoint_every=4, threads=1)
@@ -416,24 +415,6 @@ def test_a_forced_student_reads_the_teachers_stream_in_each_layer(family, alignm
     assert not torch.allclose(free[2][real], found[2][real], rtol=1e-2)
 
 
-def test_random_masks_and_shuffles_are_of_the_run_and_the_sample():
-    visual = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1, 0], [1] * 8 + [0, 0]], dtype=torch.bool)
-    mask = torch.tensor([[1] * 10, [1] * 9 + [0]])
-    scores = random_scores(visual, ["a", "a"], 0)
-    assert scores[0, visual[0]].equal(scores[1, visual[1]]) and scores[~visual].abs().max() == 0
-    for other in (random_scores(visual, ["b", "c"], 0), random_scores(visual, ["a", "a"], 1)):
-        assert not other[visual].equal(scores[visual])
-    for share, chosen in ((0.1, 1), (0.25, 2), (0.5, 4), (1.0, 8)):
-        masked = mask_weights(scores, visual, mask, share)
-        torch.testing.assert_close(masked.sum(-1), mask.sum(-1).float())
-        assert masked[1, 9] == 0
-        for row, present, ranked in zip(masked, mask.bool(), scores):
-            low = row[present].min()
-            heavy = (row > 2 * low).nonzero().flatten()
-            assert sorted(heavy.tolist()) == sorted(ranked.topk(chosen).indices.tolist())
-            torch.testing.assert_close(row[heavy], 5 * low.expand(chosen))
-
-
 def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
     for step in (1, 2, 3):
         with pytest.raises(
@@ -699,15 +680,6 @@ def test_times_on_a_gpu_are_read_once_it_has_caught_up(monkeypatch, late):
     assert {name: phases.seconds[name] for name in ("data", "student", "optimizer", "checkpoint")} == dict(
         data=3, student=3 - late, optimizer=3 - late, checkpoint=2
     )
-
-
-def test_a_fingerprint_sees_every_bit():
-    t = torch.randn(4, 6)
-    ones = torch.ones(4, 6)
-    tensors = [t, -t, t.flip(0), t.flip(1), t.T.contiguous(), t.reshape(6, 4), t.bfloat16(), ones, 2 * ones, 0 * ones]
-    of = lambda **tensors: checkpointing.fingerprint(tensors)
-    assert len({of(a=x) for x in tensors} | {of(b=t)}) == len(tensors) + 1
-    assert of(a=t, b=-t) == of(b=-t, a=t.T.contiguous().T) != of(a=-t, b=t)
 
 
 def share_a_run(out, rank, port):
