@@ -575,6 +575,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'heed_nb.schedule._errors': ('schedule.html#_errors', 'heed_nb/schedule.py'),
                                   'heed_nb.schedule._portable': ('schedule.html#_portable', 'heed_nb/schedule.py'),
                                   'heed_nb.schedule._sample_name': ('schedule.html#_sample_name', 'heed_nb/schedule.py'),
+                                  'heed_nb.schedule._unlabelled': ('schedule.html#_unlabelled', 'heed_nb/schedule.py'),
                                   'heed_nb.schedule.batch_indices': ('schedule.html#batch_indices', 'heed_nb/schedule.py'),
                                   'heed_nb.schedule.learning_rate': ('schedule.html#learning_rate', 'heed_nb/schedule.py'),
                                   'heed_nb.schedule.one_line': ('schedule.html#one_line', 'heed_nb/schedule.py'),

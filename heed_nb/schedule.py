@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
 from .conditions import Condition, TrainSettings
+from .samples import BadSample
 
 # %% ../nbs/32_schedule.ipynb #c008
 def stage_ends(condition: Condition, settings: TrainSettings) -> dict[int, int]:  # stage -> tokens at its end
@@ -105,6 +106,13 @@ def _errors(attempt: Callable[[int], object], places: Iterable[int]) -> dict[int
     return errors
 
 # %% ../nbs/32_schedule.ipynb #s045
+def _unlabelled(batch: dict, places: Iterable[int]) -> dict[int, BadSample]:
+    "The error of each sample that teaches no next token, by its place."
+    reasons, labelled = batch.get("unlabelled", {}), (batch["labels"][:, 1:] != -100).any(1).tolist()
+    rows = enumerate(zip(places, batch["keys"], labelled))
+    return {at: BadSample(key, reasons.get(row, "it has no label")) for row, (at, key, found) in rows if not found}
+
+
 def _batch(
     dataset,
     collate: Callable,
@@ -117,7 +125,9 @@ def _batch(
     errors = _errors(lambda place: samples.update({place: dataset[indices[place]]}), missing)
     if not errors:
         try:
-            return collate([samples[place] for place in indices])
+            batch = collate([samples[place] for place in indices])
+            if not (errors := _unlabelled(batch, indices)):
+                return batch
         except Exception as error:
             errors = _errors(lambda place: collate([samples[place]]), indices)
             if not errors:
