@@ -83,8 +83,7 @@ def gated_delta_reference(
     scale: float | None = None,  # of the output; 1 / sqrt(K) if None
     initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
     return_final_state: bool = False,
-    cu_seqlens: Tensor
-    | None = None,  # [S + 1], boundaries of S sequences packed in one row; states are then [S, H, K, V]
+    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
     "The definition of `gated_delta`, one position after another. Raises ValueError on shapes that do not fit."
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
@@ -109,9 +108,7 @@ def gated_delta_minimal(
     *,
     chunk_size: int | None = None,  # positions in a chunk at most
     initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
-) -> tuple[
-    Tensor, Tensor
-]:  # y [B, T, H, V] for a scale of 1, the final state [B, H, K, V]; float32 (float64 for float64)
+) -> tuple[Tensor, Tensor]:  # y [B, T, H, V] for a scale of 1, the final state [B, H, K, V]; float32 or float64
     "The recurrence in chunks with every derivative by PyTorch."
     (b, t, h, p), n, dtype = v.shape, q.shape[-1], compute_dtype(v)
     chunks, size = chunk_shape(t, chunk_size or 0, max(p, n))
@@ -320,8 +317,7 @@ def gated_delta(
     chunk_size: int | None = None,  # of the torch form, at most; None: 32, or 64 for K or V above 64
     initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
     return_final_state: bool = False,  # the state after position T, in float32 (float64 for float64 inputs)
-    cu_seqlens: Tensor
-    | None = None,  # [S + 1], boundaries of S sequences packed in one row; states are then [S, H, K, V]
+    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
     backend: str = "auto",  # "auto", "torch" or "fla"
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
     """The gated delta rule in chunks: equal to `gated_delta_reference`, with the derivatives and the accuracy of `ssd`.

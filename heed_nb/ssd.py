@@ -86,8 +86,7 @@ def ssd_reference(
     D: Tensor | None = None,  # [H]
     initial_state: Tensor | None = None,  # [B, H, P, N], zeros if None
     return_final_state: bool = False,
-    cu_seqlens: Tensor
-    | None = None,  # [S + 1], boundaries of S sequences packed in one row; states are then [S, H, P, N]
+    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, P] in the dtype of x (, state [B, H, P, N])
     "The definition of `ssd`, one position after another. Raises ValueError on shapes that do not fit."
     _check(x, dt, A, B, C, D, initial_state, cu_seqlens)
@@ -314,8 +313,7 @@ def ssd(
     chunk_size: int | None = None,  # of the torch form, at most; None: 32, or 64 for P or N above 64
     initial_state: Tensor | None = None,  # [B, H, P, N], zeros if None
     return_final_state: bool = False,  # the state after position T, in float32 (float64 for float64 inputs)
-    cu_seqlens: Tensor
-    | None = None,  # [S + 1], boundaries of S sequences packed in one row; states are then [S, H, P, N]
+    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
     backend: str = "auto",  # "auto", "torch", "mamba_ssm" or "fla"
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, P] in the dtype of x (, state [B, H, P, N])
     """State space dual in chunks: equal to `ssd_reference`, with all derivatives.
