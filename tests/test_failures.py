@@ -29,7 +29,6 @@ from heed_nb.toyworld import (
     render,
 )
 
-
 # The two tasks
 
 
@@ -261,7 +260,7 @@ def test_a_key_that_is_printed_is_no_other_fields_answer():
 
 
 def test_the_claim_counts_ocrbench_alone(tmp_path):
-    from heed_nb.claims import Evidence, MEASURED
+    from heed_nb.claims import MEASURES, Evidence
 
     asked = [*benchmark("ocrbench_v2", 40), *benchmark("mathvista", 5)]
     for name, condition in (("C1-seed0-budget100", "C1"), ("C4-seed0-budget100", "C4")):
@@ -271,9 +270,9 @@ def test_the_claim_counts_ocrbench_alone(tmp_path):
         )
     scale = SimpleNamespace(token_budget=100)
     small = sum(asked_text(q).size == 11 for q in asked[:40])
-    found = MEASURED["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4")
+    found = MEASURES["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4")
     assert 0 < small < 40 and found.value == pytest.approx(100 * small / 40) and found.why == "one seed"
-    assert "told from toy pages" in MEASURED["failures"](Evidence(tmp_path, scale), "C1", "C4").why
+    assert "told from toy pages" in MEASURES["failures"](Evidence(tmp_path, scale), "C1", "C4").why
     (tmp_path / "C1-seed0-budget100" / "answers.jsonl").unlink()
-    why = MEASURED["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4").why
+    why = MEASURES["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4").why
     assert "no answers.jsonl in C1-seed0-budget100" in why

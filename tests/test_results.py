@@ -19,13 +19,12 @@ import pytest
 
 import heed_nb
 from heed_nb.conditions import BENCHMARKS, Scale
-from heed_nb.files import locked, write_file
 from heed_nb.figures import budget_figure, ladder_figure
+from heed_nb.files import locked, write_file
 from heed_nb.paper_numbers import LADDER, paper_checks, paper_table
 from heed_nb.runs import code_version, parse_run_name, publish, read_run, read_runs, run_name, write_run
 from heed_nb.statistics import scores
 from heed_nb.tables import asked_runs
-
 
 # Files
 
