@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # nothin
 LONG = ("batch", "families", "trainer", "evaluate")  # files that are begun first; `make check` leaves them out
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "The tests of a file share a process and its fixtures. Notebooks come last, each wherever a process is free."
     rank = {name: place for place, name in enumerate(LONG)} | {"notebooks": len(LONG) + 1}
