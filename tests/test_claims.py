@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 from test_results import notebook
 
-from heed_nb.conditions import BENCHMARKS, CONDITIONS, Scale, load_scale
+from heed_nb.conditions import BENCHMARKS, CONDITIONS
+from heed_nb.scales import Scale, load_scale
 from heed_nb.regression import CORRELATIONS
 from heed_nb.claims import (
     MEASURED,
