@@ -60,6 +60,8 @@ clean: ## remove builds; what runs wrote stays
 clean-runs: .venv/ok ## name what runs at SCALE wrote, and with CONFIRM=SCALE remove it
 	$(CALL) 'remove_runs(os.environ["SCALE"], os.environ.get("CONFIRM", ""))'
 
+LMMS_EVAL = $(shell sed -n 's/^LMMS_EVAL = "\(.*\)".*/\1/p' heed_nb/evaluate.py)
+
 # One install at a time; an interrupted one is taken up again.
 .venv/ok: settings.ini pyproject.toml setup.py
 	@"$$PY" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heed_nb needs Python 3.11 or later; this is %s. Name one: make PY=/path/to/python3.11" % sys.version.split()[0])'
@@ -67,5 +69,5 @@ clean-runs: .venv/ok ## name what runs at SCALE wrote, and with CONFIRM=SCALE re
 	@$(if $(shell command -v flock),flock -n -E 75 .venv/lock) sh -ec '\
 	  "$$PY" -m venv .venv; \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,eval]"; \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps lmms-eval==0.7.3; \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "lmms-eval==$(LMMS_EVAL)"; \
 	  touch $@' || { test $$? = 75 && echo "another make is installing into .venv; wait for it, then call again" >&2; exit 1; }

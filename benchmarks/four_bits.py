@@ -14,7 +14,8 @@ from pathlib import Path
 
 from heed_nb.batch import run_notebook
 from heed_nb.cached_weights import build_density_cache, build_gradient_cache
-from heed_nb.conditions import get_condition, load_scale
+from heed_nb.conditions import get_condition
+from heed_nb.scales import load_scale
 from heed_nb.data import collate
 from heed_nb.hybrid import to_hybrid
 from heed_nb.files import root

@@ -18,10 +18,12 @@ import pandas as pd
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from .conditions import MOST_SEED, SPEED_ONLY, Scale, get_condition, is_whole, load_scale
+from .conditions import SPEED_ONLY, get_condition
 from .files import locked, root, write_file
 from .paper_numbers import PAPER
+from .parameters import Seed, convert
 from .runs import notebook_parameters, publish, read_run, run_name
+from .scales import Scale, load_scale
 
 # %% ../nbs/67_batch.ipynb #c005
 @dataclass(frozen=True)
@@ -160,8 +162,7 @@ class Batch:
         more = [seed for given in scale.more_seeds.values() for seed in given]
         self.seeds = list(dict.fromkeys((*scale.seeds, *more) if seeds is None else seeds))
         for seed in self.seeds:
-            if not is_whole(seed, most=MOST_SEED):
-                raise ValueError(f"unknown seed {seed!r}; a seed is a whole number from 0 to {MOST_SEED}")
+            convert(seed, Seed, "seed")
         for name in scale.open_points:
             if name not in choices():
                 raise ValueError(

@@ -16,9 +16,9 @@ from statistics import fmean, stdev
 
 import pandas as pd
 
-from .conditions import Scale
 from .paper_numbers import PAPER
 from .runs import braced_names, joint_failures, model_family, pair_answers, read_runs
+from .scales import Scale
 from .statistics import AVERAGES, student_t
 from .tables import markdown_table
 

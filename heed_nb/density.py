@@ -9,6 +9,8 @@ __all__ = ['patch_density', 'position_weights']
 import torch
 from torch import Tensor
 
+from .parameters import TAU, TEXT_BOOST
+
 # %% ../nbs/10_density.ipynb #c010
 def _mirrored_border(
     grid: Tensor,  # [..., h, w, D]
@@ -100,8 +102,8 @@ def position_weights(
     visual_mask: Tensor,  # [B, T] bool, True at image tokens
     *,
     attention_mask: Tensor | None = None,  # [B, T], 0 at padding
-    tau: float = 0.5,  # temperature: smaller concentrates weight on dense positions
-    text_boost: float = 2.0,  # beta: text density over the sample's mean visual density
+    tau: float = TAU,  # temperature: smaller concentrates weight on dense positions
+    text_boost: float = TEXT_BOOST,  # beta: text density over the sample's mean visual density
     normalize_over: str = "all",  # positions that set the range of rho: "all", or "visual" with text clipped to it
 ) -> Tensor:  # [B, T], 0 at padding, each row sums to its unpadded length
     """Weight of each position in the alignment loss (Eq. 3, Algorithm 1).

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import answer_risk, predicts_answer, record_outputs
+from .parameters import TEXT_BOOST
 from .teachers import LanguageInputs, family_of
 from .streams import attention_inputs, attention_matrix, replaced_indices, teacher_sensitivity
 
@@ -138,7 +139,7 @@ def token_measures(
     student: nn.Module,
     batch: dict,  # of `collate`
     *,
-    text_boost: float = 2.0,  # beta
+    text_boost: float = TEXT_BOOST,  # beta
     reduce: str = "mean",  # density over the patches of a token: "mean" or "max"
 ) -> list[Tokens]:  # one a sample
     """The measures of a batch, on the CPU. They need the residuals of both models at once, 2 L B T D values.

@@ -31,8 +31,9 @@ import yaml
 from tqdm.auto import tqdm
 
 import heed_nb.hybrid  # makes students known
-from .conditions import BENCHMARKS, DTYPES, TASKS
+from .conditions import BENCHMARKS, TASKS
 from .files import write_file
+from .parameters import DTYPES
 from .samples import BadSample, as_sample, samples_of, viewed_images
 from .teachers import check_checkpoint, greedy_answers, load_teacher
 
@@ -114,7 +115,7 @@ def toy_scores(
 
 # %% ../nbs/50_evaluate.ipynb #c009
 SUITES = {"toy": "toy", "paper": "real"}  # suite -> its folder under tasks
-LMMS_EVAL = "0.7.3"
+LMMS_EVAL = "0.7.3"  # the version whose tasks are pinned; the Makefile reads this line
 MODEL_ID = "heed_vlm"
 
 

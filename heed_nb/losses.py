@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .parameters import CHUNK_SIZE
+
 # %% ../nbs/12_losses.ipynb #c005
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (weights [B, T], difference [B, T, D]) -> scalar
     "squared": lambda w, difference: (w * difference.square().sum(-1)).sum(),
@@ -138,7 +140,7 @@ def answer_risk(
     lm_head: nn.Module,  # D -> vocabulary
     labels: Tensor,  # [B, T], aligned with the input; -100 except at answer tokens
     *,
-    chunk_size: int = 1024,  # tokens whose logits are held at once
+    chunk_size: int = CHUNK_SIZE,  # tokens whose logits are held at once
 ) -> Tensor:  # [B], float32 or wider; 0 without an answer
     "R_x of each sample: the mean cross-entropy of its answer tokens. Raises ValueError on a chunk_size below 1."
     if chunk_size < 1:
@@ -184,7 +186,7 @@ def kd_terms(
     labels: Tensor,  # [B, T], aligned with the input; -100 except at answer tokens
     kl_mask: Tensor,  # [B, T], true at the positions whose prediction follows the teacher's
     *,
-    chunk_size: int = 1024,  # tokens whose logits are held at once
+    chunk_size: int = CHUNK_SIZE,  # tokens whose logits are held at once
 ) -> tuple[Tensor, Tensor]:  # scalars, 0 where there is no token
     "KL(teacher || student) and CE of Eq. 1, means per token. Raises ValueError on a chunk_size below 1."
     if chunk_size < 1:

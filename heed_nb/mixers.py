@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 from .gated_delta import gated_delta, gated_delta_step
+from .parameters import INITS
 from .ssd import ssd, ssd_step
 
 # %% ../nbs/24_mixers.ipynb #c005
@@ -34,7 +35,7 @@ class MixerConfig:
         qk_norm=(False, True),
     )
     IDENTITY = dict(conv_activation="none", norm="none", gate_bias=True, qk_norm=True)
-    INITS = dict(paper={}, mamba={}, identity=IDENTITY)  # defaults of each init
+    INITS = dict.fromkeys(INITS, {}) | {"identity": IDENTITY}  # fields of each init
 
     def __post_init__(self):
         if type(self.conv_kernel) is not int or self.conv_kernel < 1:

@@ -34,6 +34,7 @@ from heed_nb.drift import (
     token_measures,
     token_table,
 )
+from .parameters import TEXT_BOOST
 from .sensitivity import density_correlations, layer_correlations
 from .streams import replaced_indices
 
@@ -388,7 +389,7 @@ def diagnose(
     ablate: int | None = None,  # the layer whose residuals are ablated too
     one_by_one_images: int = 0,  # number of images whose tokens are hidden one by one too
     table_images: int = 0,  # number of images that leave their rows
-    text_boost: float = 2.0,  # beta
+    text_boost: float = TEXT_BOOST,  # beta
     reduce: str = "mean",  # density over the patches of a token: "mean" or "max"
     draws: int = DRAWS,
     seed: int = 0,  # of the resamples

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 import pandas as pd
 
-from .conditions import CONDITIONS, TASKS, Scale, get_condition
+from .conditions import CONDITIONS, TASKS, get_condition
 from .files import write_file
 from heed_nb.paper_numbers import (
     ABLATIONS,
@@ -26,6 +26,7 @@ from heed_nb.paper_numbers import (
     paper_scores,
 )
 from .runs import model_family, read_runs, run_name
+from .scales import Scale
 from .statistics import AVERAGES, ROWS, TITLES, at_budget, contrast, means, scores, sentence, verdict
 
 # %% ../nbs/64_tables.ipynb #c044

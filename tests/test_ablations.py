@@ -12,7 +12,8 @@ from test_results import cell, notebook
 
 from heed_nb import conditions as registry
 from heed_nb.batch import Batch
-from heed_nb.conditions import BENCHMARKS, CONDITIONS, RECIPES, Condition, load_scale
+from heed_nb.conditions import BENCHMARKS, CONDITIONS, RECIPES, Condition
+from heed_nb.scales import load_scale
 from heed_nb.paper_numbers import ABLATIONS, SWEEP, paper_table
 from heed_nb.runs import run_name, write_run
 

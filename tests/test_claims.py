@@ -11,7 +11,8 @@ from scipy import stats
 from test_results import notebook
 
 from heed_nb.claims import MEASURES, VERDICTS, Measured, Rule, claim_verdict, claims, claims_markdown, paper_claims
-from heed_nb.conditions import BENCHMARKS, CONDITIONS, Scale, load_scale
+from heed_nb.conditions import BENCHMARKS, CONDITIONS
+from heed_nb.scales import Scale, load_scale
 from heed_nb.regression import CORRELATIONS
 from heed_nb.paper_numbers import paper_score
 from heed_nb.runs import publish, read_run, run_name

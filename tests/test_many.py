@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from heed_nb import checkpoints, trainer
 from heed_nb.batch import alone, remove_runs, run_notebook, teacher_lacks
-from heed_nb.conditions import load_scale
+from heed_nb.scales import load_scale
 from heed_nb.files import write_file
 from heed_nb.runs import write_run
 
@@ -104,7 +104,7 @@ def teacher_with(**given):
         (
             "distill",
             dict(overrides={"train.stages": [0.5, 0.5, "x"]}, out="x"),
-            "stages is 'x'; it takes a value like 0.0",
+            "scale smoke: train.stages is [0.5, 0.5, 'x']; it takes 3 numbers from 0 to 1",
         ),
         (
             "evaluate",

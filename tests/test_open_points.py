@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from heed_nb.batch import Batch, Run, choices, open_points, run_notebook
-from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, differing, load_scale
+from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, differing
+from heed_nb.scales import load_scale
 from heed_nb.runs import read_runs, write_run
 
 PAGE = "nbs/paper/open_points.ipynb"

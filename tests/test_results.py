@@ -18,7 +18,8 @@ import nbformat
 import pytest
 
 import heed_nb
-from heed_nb.conditions import BENCHMARKS, Scale
+from heed_nb.conditions import BENCHMARKS
+from heed_nb.scales import Scale
 from heed_nb.figures import budget_figure, ladder_figure
 from heed_nb.files import locked, write_file
 from heed_nb.paper_numbers import LADDER, paper_checks, paper_table
