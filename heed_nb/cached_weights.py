@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from .checkpoints import fingerprint
 from .conditions import Condition, TrainSettings
+from .samples import on_device
 from .sensitivity import compress
 from .streams import replaced_indices, teacher_sensitivity
 from .teachers import family_of
@@ -71,7 +72,7 @@ def gradient_identity(
 # %% ../nbs/35_cached_weights.ipynb #c008
 def _inputs(model, collate, samples):
     "The batch on the model's device, and the decoder's inputs."
-    batch = {k: v.to(model.device) for k, v in collate(samples).items() if isinstance(v, Tensor)}
+    batch = on_device(collate(samples), model.device)
     with torch.no_grad():
         return batch, family_of(model).language_inputs(model, batch)
 
