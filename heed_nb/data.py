@@ -218,7 +218,7 @@ def collate(
     """A batch for training, with `labels` of -100 except on answers and the end of turn after each.
 
     A sample without an answer, with an empty one or too long has no label: a warning names it, and `unlabelled` maps
-    its row to the reason. Raises BadSample on a sample that can't be used, ValueError on an object that is no sample."""
+    its row to the reason. Raises BadSample on a sample that can't be used, ValueError on any other object."""
     samples = [as_sample(sample, i) for i, sample in enumerate(samples)]
     if not samples or not all(isinstance(sample, Sample) for sample in samples):
         raise ValueError(f"there is no sample to collate; {DATA_SET}")
