@@ -9,20 +9,16 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # nothing here needs a network
 
-LONG = ("batch", "families", "trainer", "evaluate")  # files that are begun first; `make check` leaves them out
+# Files that are begun first, so that no process is left idle at the end; `make check` leaves them out.
+LONG = ("batch", "notebooks", "families", "trainer", "evaluate")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    "The tests of a file share a process and its fixtures. Notebooks come last, each wherever a process is free."
-    rank = {name: place for place, name in enumerate(LONG)} | {"notebooks": len(LONG) + 1}
-    file = lambda item: item.path.stem.removeprefix("test_")
+    rank = {f"test_{name}": place for place, name in enumerate(LONG)}
     for item in items:
-        if file(item) in rank:
+        if item.path.stem in rank:
             item.add_marker("slow")
-        if file(item) != "notebooks":
-            item.add_marker(pytest.mark.xdist_group(file(item)))
-    items.sort(key=lambda item: rank.get(file(item), len(LONG)))
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")
