@@ -1,4 +1,4 @@
-"The registry says what the paper's tables 3 and 10 say; a wrong field of a condition or a setting is refused in one line."
+"The registry says what Tables 3 and 10 say. A wrong field of a condition or of the settings is refused in one line."
 
 from dataclasses import fields
 
