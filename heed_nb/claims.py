@@ -25,7 +25,7 @@ from .tables import markdown_table
 # %% ../nbs/66_claims.ipynb #c090
 @cache
 def paper_claims() -> pd.DataFrame:  # a row a claim, with the columns of claims.csv
-    "The paper's claims. `paper` is NaN where the paper gives a direction alone; `never` says why no scale can test a claim."
+    "The paper's claims. `paper` is NaN where the paper gives a direction alone; `never` says why no scale tests it."
     words = ["spread", "unit", "measure", "arguments", "decides", "never"]
     frame = pd.read_csv(PAPER / "claims.csv", dtype=dict.fromkeys(words, str)).fillna(dict.fromkeys(words, ""))
     frame = frame.fillna(dict(low=-math.inf, high=math.inf))

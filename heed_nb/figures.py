@@ -30,7 +30,7 @@ COLOURS = {
 }
 MARKS = {"C0": "", "C1": "o", "C2": "s", "C3": "^", "C4": "D", "C4-shuffled": "v", "C5": "P", "C6": "X"}
 
-
+# %% ../nbs/65_figures.ipynb #c076s1
 def png(figure: Figure) -> bytes:
     "A figure as PNG, to be written by `write_file`."
     buffer = BytesIO()
@@ -43,7 +43,27 @@ def _plain_axes(axes):
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
 
+# %% ../nbs/65_figures.ipynb #c076s2
+def _curve(axes, line, condition):  # means over token budgets with their spread; the teacher as a dashed line
+    colour = COLOURS[condition]
+    if condition == "C0":
+        axes.axhline(line["mean"].item(), color=colour, linestyle="--", linewidth=1.2, label=condition_label("C0"))
+        return
+    style = dict(color=colour, marker=MARKS[condition], markersize=5, linewidth=1.6)
+    x, y, sd = line.token_budget.astype(float), line["mean"], line.sd.fillna(0)
+    axes.plot(x, y, label=condition_label(condition), **style)
+    axes.fill_between(x, y - sd, y + sd, color=colour, alpha=0.18, linewidth=0)
 
+
+def _budget_axis(axes, budgets):
+    axes.set_xlabel("training tokens")
+    if budgets[0] > 0 and budgets[-1] > 3 * budgets[0]:
+        axes.set_xscale("log")
+    axes.set_xticks([float(b) for b in budgets], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k"))
+
+# %% ../nbs/65_figures.ipynb #c076s3
 def budget_figure(
     panels: dict[str, pd.DataFrame],  # a title -> lines of `scores`, of one row
     note: str = "",  # one line at the foot: the runs it came from
@@ -54,31 +74,9 @@ def budget_figure(
     for axes, (title, of_panel) in zip(row, panels.items()):
         lines = means(of_panel)
         for condition in [c for c in COLOURS if c in set(lines.condition)]:
-            line = lines[lines.condition == condition].sort_values("token_budget")
-            if condition == "C0":
-                axes.axhline(
-                    line["mean"].item(), color=COLOURS["C0"], linestyle="--", linewidth=1.2, label=condition_label("C0")
-                )
-                continue
-            x, y, sd = line.token_budget.astype(float), line["mean"], line.sd.fillna(0)
-            axes.plot(
-                x,
-                y,
-                color=COLOURS[condition],
-                marker=MARKS[condition],
-                markersize=5,
-                linewidth=1.6,
-                label=condition_label(condition),
-            )
-            axes.fill_between(x, y - sd, y + sd, color=COLOURS[condition], alpha=0.18, linewidth=0)
+            _curve(axes, lines[lines.condition == condition].sort_values("token_budget"), condition)
         axes.set_title(title, fontsize=11, loc="left")
-        axes.set_xlabel("training tokens")
-        budgets = sorted(lines.token_budget.dropna().unique())
-        if budgets[0] > 0 and budgets[-1] > 3 * budgets[0]:
-            axes.set_xscale("log")
-        axes.set_xticks([float(b) for b in budgets], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k"))
+        _budget_axis(axes, sorted(lines.token_budget.dropna().unique()))
         _plain_axes(axes)
         labelled |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
     row[0].set_ylabel("score")
@@ -88,43 +86,34 @@ def budget_figure(
     return figure
 
 # %% ../nbs/65_figures.ipynb #c078
+def _bars(axes, at, rows, conditions):  # of `score_table`, by (row, column)
+    width = 0.82 / len(conditions)
+    paper = dict(marker="o", markersize=4.5, markeredgewidth=1, color="#f2f2f2", markeredgecolor="#777777")
+    for i, condition in enumerate(conditions):
+        found = [k for k, row in enumerate(rows) if (row, condition) in at.index]
+        x = [k + (i - (len(conditions) - 1) / 2) * width for k in found]
+        line = at.loc[[(rows[k], condition) for k in found]]
+        colour, last = COLOURS.get(condition, "#999999"), i == len(conditions) - 1
+        axes.bar(x, line["mean"], width * 0.92, color=colour, label=condition_label(condition))
+        if line.sd.notna().any():
+            spread = dict(fmt="none", ecolor="#222222", elinewidth=0.9, capsize=1.5)
+            axes.errorbar(x, line["mean"], line.sd.fillna(0), **spread)
+        axes.plot(x, line.paper, linestyle="none", label="the paper" if last else None, **paper)
+
+# %% ../nbs/65_figures.ipynb #c078s1
 def ladder_figure(
     cells: pd.DataFrame,  # of `score_table`
     note: str = "",  # one line at the foot: the runs it came from
 ) -> Figure:
-    "Fig. 1: (A) reasoning and (B) fine-grained benchmarks and their averages, a bar a condition (mean, sd over seeds), the paper's as light marks."
+    """Fig. 1: (A) reasoning and (B) fine-grained benchmarks and their averages.
+
+    A bar a condition (mean, standard deviation over seeds), the paper's scores as light marks."""
     at = cells.set_index(["row", "column"])
-    conditions = [c for c in LADDER if c in set(cells.column)]
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, width_ratios=(5, 7), sharey=True)
-    width = 0.82 / len(conditions)
-    for axes, rows, title in zip(
-        panels,
-        ((*REASONING, "reasoning"), (*FINE_GRAINED, "fine_grained")),
-        ("(A) Reasoning", "(B) Fine-grained perception"),
-    ):
-        for i, condition in enumerate(conditions):
-            found = [k for k, row in enumerate(rows) if (row, condition) in at.index]
-            x = [k + (i - (len(conditions) - 1) / 2) * width for k in found]
-            line = at.loc[[(rows[k], condition) for k in found]]
-            axes.bar(
-                x, line["mean"], width * 0.92, color=COLOURS.get(condition, "#999999"), label=condition_label(condition)
-            )
-            if line.sd.notna().any():
-                axes.errorbar(
-                    x, line["mean"], line.sd.fillna(0), fmt="none", ecolor="#222222", elinewidth=0.9, capsize=1.5
-                )
-            axes.plot(
-                x,
-                line.paper,
-                linestyle="none",
-                marker="o",
-                markersize=4.5,
-                markeredgewidth=1,
-                color="#f2f2f2",
-                markeredgecolor="#777777",
-                label="the paper" if i == len(conditions) - 1 else None,
-            )
+    groups = (*REASONING, "reasoning"), (*FINE_GRAINED, "fine_grained")
+    for axes, rows, title in zip(panels, groups, ("(A) Reasoning", "(B) Fine-grained perception")):
+        _bars(axes, at, rows, [c for c in LADDER if c in set(cells.column)])
         axes.set_xticks(range(len(rows)), [TITLES[row] if row in BENCHMARKS else "Average" for row in rows])
         axes.axvline(len(rows) - 1.5, color="#cccccc", linewidth=0.8)
         axes.tick_params(axis="x", length=0)
@@ -132,9 +121,8 @@ def ladder_figure(
         _plain_axes(axes)
     panels[0].set_ylabel("score")
     panels[0].set(ylim=(0, 106), yticks=range(0, 101, 20))  # room for a spread at 100
-    figure.legend(
-        *panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False, fontsize=9
-    )
+    labels = panels[1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=7, frameon=False, fontsize=9)
     figure.supxlabel(note, fontsize=7, color="#666666")
     return figure
 
@@ -151,4 +139,8 @@ def run_note(
     )
     conditions = [c for c in CONDITIONS if any(run["condition"] == c for run in runs)]
     seeds, budgets = (sorted({run[key] for run in runs} - {None}) for key in ("seed", "token_budget"))
-    return f"{len(runs)} runs: {', '.join(conditions)}; seeds {', '.join(map(str, seeds))}; token budget {', '.join(map(str, budgets))}; commit {', '.join(commits)}"
+    listed = lambda values: ", ".join(map(str, values))
+    return (
+        f"{len(runs)} runs: {listed(conditions)}; seeds {listed(seeds)}; "
+        f"token budget {listed(budgets)}; commit {listed(commits)}"
+    )

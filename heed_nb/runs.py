@@ -40,7 +40,7 @@ def code_version() -> dict:  # {"commit": its hash or None, "dirty": whether tra
     except (OSError, subprocess.CalledProcessError):
         return dict(commit=None, dirty=None)
 
-
+# %% ../nbs/60_runs.ipynb #c011s1
 def _clock(seconds):
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
@@ -55,7 +55,7 @@ def _cpu():
                 return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
 
-
+# %% ../nbs/60_runs.ipynb #c011s2
 def provenance(
     started: float | None = None,  # time.time() at the run's start; None: when this module was imported
 ) -> dict:
@@ -94,7 +94,9 @@ def write_run(
     *,
     started: float | None = None,  # time.time() at the run's start; None: when this module was imported
 ) -> Path:  # the path
-    "Write a run's JSON atomically. Raises ValueError on a number that is not finite; an error leaves an earlier file as it was."
+    """Write a run's JSON atomically; an error leaves an earlier file as it is.
+
+    Raises ValueError on a number that is not finite."""
     run = dict(kind=kind, parameters=parameters, numbers=numbers, provenance=provenance(started))
     try:
         text = json.dumps(run, indent=1, default=_plain, allow_nan=False)
@@ -102,7 +104,7 @@ def write_run(
         raise ValueError(f"{path} not written: {error}") from None
     return write_file(path, text + "\n")
 
-
+# %% ../nbs/60_runs.ipynb #c015s1
 def read_run(
     path: str | PurePath,  # a file of `write_run`
 ) -> dict:  # kind, parameters, numbers, provenance, and path
@@ -129,10 +131,8 @@ def run_name(
 
 def parse_run_name(
     name: str,  # a folder's name; one with "=" is of a run with overrides, which is no condition's
-) -> (
-    dict | None
-):  # condition, seed, token_budget (None for the teacher), teacher (None for the one of Table 1); None if it is not a run's
-    "The inverse of `run_name`."
+) -> dict | None:  # condition, seed, token_budget, teacher, as `run_name` takes them
+    "The inverse of `run_name`; None for a folder that is not a run's."
     match = re.fullmatch(
         r"((?P<teacher>[^/]+)/)?(?P<condition>C0|[^/=]+(?=-seed))(-seed(?P<seed>\d+)-budget(?P<token_budget>\d+))?",
         name,
@@ -192,7 +192,7 @@ def footnote(
     runs: list[dict],  # of `read_runs`
     missing: list[str] = (),  # of `missing_runs`
 ) -> str:
-    "Markdown that names the runs a table was made from (as a shell expands braces), by commit and machine, those that are missing, and what is uneven between them."
+    "Markdown that names the runs behind a table, by commit and machine, and says what is missing or uneven."
     groups = {}
     for run in runs:
         git = run["provenance"]["git"]
@@ -203,7 +203,8 @@ def footnote(
         )
         groups.setdefault((run["kind"], code, run["provenance"]["device"]), []).append(run)
     lines = [
-        f"- Made from the {len(made)} run file{'s' * (len(made) > 1)} `runs/NAME/{kind}.json` ({code}, {device}): {', '.join(braced_names(made))}."
+        f"- Made from the {len(made)} run file{'s' * (len(made) > 1)} `runs/NAME/{kind}.json` ({code}, {device}): "
+        f"{', '.join(braced_names(made))}."
         for (kind, code, device), made in groups.items()
     ]
     if missing:
@@ -286,12 +287,44 @@ def _manifest(folder, scale):
         warnings.append(f"the runs are of {len(commits)} different states of the code")
     return dict(scale=scale, warnings=warnings, commits=commits, files=files)
 
+# %% ../nbs/60_runs.ipynb #c104s1
+def _files_to_publish(source):  # a run's files only if it was evaluated or diagnosed
+    found, of_runs = (
+        [path for pattern in patterns for path in sorted(source.glob(pattern))]
+        for patterns in (PUBLISHED, PUBLISHED_OF_RUNS)
+    )
+    read = ("evaluate.json", "diagnose.json")
+    return found + [path for path in of_runs if any(path.with_name(name).exists() for name in read)]
 
+
+def _check_none_lost(source, target, found):
+    published = {p.relative_to(target) for p in target.rglob("*") if p.is_file() and p.name != "manifest.json"}
+    if lost := sorted(published - {path.relative_to(source) for path in found}):
+        raise ValueError(
+            f"{source} lacks {len(lost)} of the {len(published)} files that {target} has, {lost[0]} among them; "
+            f"complete it, or remove {target} first"
+        )
+
+
+def _replace(target, fresh, earlier):  # the earlier folder comes back if the fresh one cannot take its place
+    if target.exists():
+        target.rename(earlier)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        if earlier.exists():
+            earlier.rename(target)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+# %% ../nbs/60_runs.ipynb #c104s2
 def publish(
     scale: str,  # "toy"
     outputs: str | PurePath | None = None,  # the folder that holds SCALE; None: outputs/ of the repository
 ) -> Path:  # outputs/published/SCALE
-    "Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing. Raises ValueError if there is nothing to publish, or less than is published."
+    """Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing.
+
+    Raises ValueError if there is nothing to publish, or less than is published."""
     if PurePath(scale).parts != (scale,):
         raise ValueError(f"{scale!r} is no name of a scale")
     outputs = Path(outputs or root() / "outputs")
@@ -299,22 +332,9 @@ def publish(
     fresh, earlier = target.with_name(f".{scale}.fresh.tmp"), target.with_name(f".{scale}.earlier.tmp")
     if earlier.exists() and not target.exists():
         earlier.rename(target)  # a publish that was killed half-way
-    found, of_runs = (
-        [path for pattern in patterns for path in sorted(source.glob(pattern))]
-        for patterns in (PUBLISHED, PUBLISHED_OF_RUNS)
-    )
-    found += [
-        path for path in of_runs if any(path.with_name(f"{kind}.json").exists() for kind in ("evaluate", "diagnose"))
-    ]
-    if not found:
+    if not (found := _files_to_publish(source)):
         raise ValueError(f"nothing to publish in {source}; run `make tables SCALE={scale}` first")
-    published = {
-        path.relative_to(target) for path in target.rglob("*") if path.is_file() and path.name != "manifest.json"
-    }
-    if lost := sorted(published - {path.relative_to(source) for path in found}):
-        raise ValueError(
-            f"{source} lacks {len(lost)} of the {len(published)} files that {target} has, {lost[0]} among them; complete it, or remove {target} first"
-        )
+    _check_none_lost(source, target, found)
     for leftover in (fresh, earlier):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -322,15 +342,9 @@ def publish(
             write_file(fresh / path.relative_to(source), path.read_bytes())
         manifest = _manifest(fresh, scale)
         write_file(fresh / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-        if target.exists():
-            target.rename(earlier)
-        fresh.rename(target)
-    except BaseException:
+        _replace(target, fresh, earlier)
+    finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        if earlier.exists() and not target.exists():
-            earlier.rename(target)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
     for warning in manifest["warnings"]:
         print(f"published, but {warning}", file=sys.stderr)
     return target

@@ -26,7 +26,9 @@ _SCORES = ["condition", "seed", "token_budget", "row", "score", "noise", "run", 
 def scores(
     runs: list[dict],  # of `read_runs`
 ) -> pd.DataFrame:  # condition, seed, token_budget, row, score, noise, run, commit
-    "Every run's scores and averages, one a line; an average lacking a benchmark is left out. Raises ValueError on a benchmark that is neither one of the ten nor a regime."
+    """Every run's scores and averages, one a line; an average that lacks a benchmark is left out.
+
+    Raises ValueError on a benchmark that is neither one of the ten nor a regime."""
     lines = []
     for run in runs:
         measured, n, git = run["numbers"]["scores"], run["numbers"]["n"], run["provenance"]["git"]
@@ -67,7 +69,7 @@ def means(
         mean=("score", "mean"), sd=("score", "std"), n=("score", "size"), runs=("run", " ".join)
     ).reset_index()
 
-
+# %% ../nbs/62_statistics.ipynb #c033s1
 def contrast(
     scores: pd.DataFrame,  # of `at_budget`
     a: str,  # a condition, e.g. "C4"
@@ -94,11 +96,6 @@ def student_t(
     return float(stats.t.ppf((1 + level) / 2, degrees))
 
 # %% ../nbs/62_statistics.ipynb #c040
-_ON = {key: benchmark.title for key, benchmark in TASKS.items()} | dict(
-    fine_grained="the fine-grained average", reasoning="the reasoning average", average="the 10-benchmark average"
-)
-
-
 def verdict(
     contrast: dict,  # of `contrast`
 ) -> str:
@@ -113,6 +110,11 @@ def verdict(
         return "behind" if one else "trails"
     return "level" if one else "no clear difference"
 
+# %% ../nbs/62_statistics.ipynb #c040s1
+_ON = {key: benchmark.title for key, benchmark in TASKS.items()} | dict(
+    fine_grained="the fine-grained average", reasoning="the reasoning average", average="the 10-benchmark average"
+)
+
 
 def sentence(
     contrast: dict,  # of `contrast`
@@ -124,38 +126,30 @@ def sentence(
         return f"{a} against {b} on {on}: no seed has both."
     if n == 1:
         which = {"ahead": "is ahead of", "behind": "is behind", "level": "is level with"}[verdict(contrast)]
-        return f"{a} {which} {b} on {on}: {contrast['mean']:+.2f} points (one seed, which says nothing about others; the questions alone leave ± {contrast['noise']:.2f})."
+        return (
+            f"{a} {which} {b} on {on}: {contrast['mean']:+.2f} points (one seed, which says nothing "
+            f"about others; the questions alone leave ± {contrast['noise']:.2f})."
+        )
     which = {"beats": "beats", "trails": "trails", "no clear difference": "does not clearly beat"}[verdict(contrast)]
-    return f"{a} {which} {b} on {on}: {contrast['mean']:+.2f} ± {contrast['se']:.2f} points (mean ± SE, {n} seeds; ahead in {contrast['ahead']} of {n})."
+    return (
+        f"{a} {which} {b} on {on}: {contrast['mean']:+.2f} ± {contrast['se']:.2f} points "
+        f"(mean ± SE, {n} seeds; ahead in {contrast['ahead']} of {n})."
+    )
 
-
-_WORDS = {  # what decides -> where the interval lies, words of `sentence` and `budget_sentence`
-    "Over two seeds or more Student's 95 % interval of the difference, paired by seed, decides": {
-        "lies above 0": ("beats",),
-        "lies below 0": ("trails",),
-        "holds 0": ("does not clearly beat", "no clear difference"),
-    },
-    "With one seed the difference ± twice the error that the number of questions alone leaves decides": {
-        "lies above 0": ("is ahead of",),
-        "lies below 0": ("is behind",),
-        "holds 0": ("is level with", "are level"),
-    },
+# %% ../nbs/62_statistics.ipynb #c040s2
+_DECIDED = {  # words of the sentences -> what decides them
+    ("beat", "trails", "no clear difference"): "Over two seeds or more, a condition beats another where Student's 95 % "
+    "interval of their difference, paired by seed, lies above 0, and trails where it lies below.",
+    ("one seed",): "With one seed, it is ahead where the difference exceeds twice the error that the number of "
+    "questions leaves, and level within that.",
 }
 
 
 def legend(
     said: str,  # sentences of `sentence` and `budget_sentence`
-) -> str:  # '' where they use none of the words
-    "What the words of `verdict` mean, of those that are used."
-    used = {
-        by: [
-            " or ".join(f'"{word}"' for word in found) + f" where it {lies}"
-            for lies, words in places.items()
-            if (found := [word for word in words if word in said])
-        ]
-        for by, places in _WORDS.items()
-    }
-    return " ".join(f"{by}: {', '.join(words)}." for by, words in used.items() if words)
+) -> str:  # "" where they decide nothing
+    "What decides the verdicts in these sentences."
+    return " ".join(rule for words, rule in _DECIDED.items() if any(word in said for word in words))
 
 # %% ../nbs/62_statistics.ipynb #c070
 def budget_contrasts(
@@ -174,7 +168,7 @@ def budget_contrasts(
         lines, columns=["token_budget", "a", "b", "row", "mean", "se", "n", "ahead", "noise", "verdict"]
     ).round(4)
 
-
+# %% ../nbs/62_statistics.ipynb #c070s1
 def budget_sentence(
     contrasts: pd.DataFrame,  # of `budget_contrasts`
     row: str = "fine_grained",

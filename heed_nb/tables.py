@@ -42,7 +42,7 @@ CONTRASTS = (
 )
 MEASURES = ("ocrbench_v2", "fine_grained", "reasoning", "average")
 
-
+# %% ../nbs/64_tables.ipynb #c044s1
 def score_table(
     scores: pd.DataFrame,  # of `scores`
     token_budget: int,
@@ -113,7 +113,7 @@ def markdown_table(
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-
+# %% ../nbs/64_tables.ipynb #c047s1
 def score_markdown(
     cells: pd.DataFrame,  # of `score_table`
     conditions: tuple[str, ...] = LADDER,
@@ -135,7 +135,7 @@ def score_markdown(
         rows.append(line)
     return markdown_table(header, rows)
 
-
+# %% ../nbs/64_tables.ipynb #c047s2
 def contrast_markdown(
     cells: pd.DataFrame,  # of `score_table`
 ) -> str:
@@ -178,16 +178,16 @@ def findings(
     students = [c for c in LADDER[1:] if ("fine_grained", c) in mean.index]
     if len(students) > 1:
         order = " < ".join(sorted(students, key=lambda c: mean["fine_grained", c]))
-        found.append(
-            f"Order of the means on the fine-grained average: {order}. The paper has {' < '.join(sorted(LADDER[1:], key=lambda c: paper_score(c, 'fine_grained')))}."
-        )
+        of_paper = " < ".join(sorted(LADDER[1:], key=lambda c: paper_score(c, "fine_grained")))
+        found.append(f"Order of the means on the fine-grained average: {order}. The paper has {of_paper}.")
     if ("average", "C0") in mean.index and ("average", "C1") in mean.index:
         fine, reasoning = (
             (mean[row, "C0"] - mean[row, "C1"], paper_score("C0", row) - paper_score("C1", row))
             for row in ("fine_grained", "reasoning")
         )
         found.append(
-            f"C1 loses {fine[0]:.2f} points on the fine-grained average and {reasoning[0]:.2f} on the reasoning average. The paper has {fine[1]:.2f} and {reasoning[1]:.2f}."
+            f"C1 loses {fine[0]:.2f} points on the fine-grained average and {reasoning[0]:.2f} on the reasoning "
+            f"average. The paper has {fine[1]:.2f} and {reasoning[1]:.2f}."
         )
         near = [
             ", ".join(c for c in of if score("reasoning", c) >= score("reasoning", "C0") - 2) or "none"
@@ -261,7 +261,9 @@ def teacher_table(
     token_budget: int,
     conditions: tuple[str, ...] = LADDER,
 ) -> pd.DataFrame:  # teacher, family, column, mean, sd, se, n, paper, runs
-    "Table 6 at one budget: OCRBench v2 by teacher, a line for each cell; columns are conditions and C4-C3. A family that was not run has the paper's numbers alone."
+    """Table 6 at one budget: OCRBench v2 by teacher, a line for each cell; columns are conditions and C4-C3.
+
+    A family that was not run has the paper's numbers alone."""
     columns = [*conditions, "C4-C3"]
     of_family = {name: model_family(found) for name, found in runs.items()}
     teachers = [*runs.items(), *(("", []) for family in PAPER_TEACHERS if family not in of_family.values())]
@@ -285,7 +287,7 @@ def teacher_table(
         drop=True
     )
 
-
+# %% ../nbs/64_tables.ipynb #c061s1
 def teacher_markdown(
     cells: pd.DataFrame,  # of `teacher_table`
 ) -> str:
@@ -315,7 +317,7 @@ def teacher_markdown(
         rows.append(row)
     return markdown_table(header, rows, text_columns=2)
 
-
+# %% ../nbs/64_tables.ipynb #c061s2
 def teacher_findings(
     runs: dict[str, list[dict]],  # a teacher's name -> its runs, of `read_runs`
     token_budget: int,
@@ -328,7 +330,8 @@ def teacher_findings(
             paper_on_teacher(model_family(of_teacher)),
         )
         said = (
-            f" The paper has {float(paper['C4']) - float(paper['C3']):+.1f} on {PAPER_TEACHERS[model_family(of_teacher)]}."
+            f" The paper has {float(paper['C4']) - float(paper['C3']):+.1f} on "
+            f"{PAPER_TEACHERS[model_family(of_teacher)]}."
             if paper
             else ""
         )
@@ -338,7 +341,8 @@ def teacher_findings(
     if steps:
         clear = sum(verdict(s) in ("beats", "ahead") for s in steps)
         found.append(
-            f"The mean of C4 – C3 is positive on {sum(s['mean'] > 0 for s in steps)} of {len(steps)} teachers; C4 beats C3, or is ahead of it with one seed, on {clear}. The paper has it positive on all four."
+            f"The mean of C4 – C3 is positive on {sum(s['mean'] > 0 for s in steps)} of {len(steps)} teachers; "
+            f"C4 beats C3, or is ahead of it with one seed, on {clear}. The paper has it positive on all four."
         )
     return found
 

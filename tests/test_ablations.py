@@ -197,7 +197,7 @@ def test_curves(made, tmp_path):
     assert cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0 (n=3)"
     assert "At 10 %: mask-10 is level with random-10 on OCRBench v2: +3.00 points (one seed" in text
     assert "At 50 %: mask-50 against random-50 on OCRBench v2: no seed has both." in text
-    assert '"is level with" where it holds 0' in text and "beats" not in text
+    assert "With one seed, it is ahead where" in text and "beats" not in text
     assert "C1 (50.5)" in text and "C3 (54.5 in" in text and "at most 0.6" in text
     assert "random-50-seed0-budget2000" in text.partition("**Missing**")[2]
     measured, _, of_paper = namespace["axes"]
