@@ -42,7 +42,7 @@ from heed_nb.checkpoints import (
     save_student,
     training_tensors,
 )
-from .conditions import CONDITIONS, Condition, TrainSettings
+from .conditions import CONDITIONS, Condition, TrainSettings, weight_parameters
 from .weight_cache import WeightCache
 from .files import locked, sync
 from .hybrid import mixer_parameters, transferred_parameters
@@ -138,9 +138,6 @@ def alignment_weights(
     def gradients():
         return expand(cached(attention_mask.bool())).view(-1, *attention_mask.shape) if cached else sensitivity
 
-    tau, text_boost = (
-        getattr(settings if getattr(condition, name) is None else condition, name) for name in ("tau", "text_boost")
-    )
     context = WeightContext(
         visual_mask=inputs.visual_mask,
         attention_mask=attention_mask,
@@ -148,8 +145,7 @@ def alignment_weights(
         density=density,
         sensitivity=gradients,
         seed=settings.seed,
-        tau=tau,
-        text_boost=text_boost,
+        **weight_parameters(condition, settings),
         normalize_over=settings.normalize_over,
         mask_share=condition.mask_share,
         temper=settings.temper,
