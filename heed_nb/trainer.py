@@ -176,13 +176,13 @@ def _blaming_the_batch() -> Iterator[None]:
 
 
 @phase("teacher")
-def _targets(student, family, inputs, labels, condition, settings, backward):
+def _targets(student, family, inputs, batch, condition, settings, backward):
     "The teacher's aligned activations; the layers' inputs, for a forced student; Eq. 7's sensitivity, if `backward`."
     decoder, layers = family.decoder(student), replaced_layers(student)
 
     def risk():
         hidden = decoder(**inputs.kwargs).last_hidden_state
-        return answer_risk(hidden, family.lm_head(student), labels, chunk_size=settings.kl_chunk)
+        return answer_risk(hidden, family.lm_head(student), batch["labels"], chunk_size=settings.kl_chunk)
 
     with teacher_path(student), record_inputs(layers if condition.teacher_forced else ()) as stream:
         if backward:
@@ -195,7 +195,7 @@ def _targets(student, family, inputs, labels, condition, settings, backward):
 def _alignment(student, family, inputs, batch, keys, condition, settings, cached) -> dict[str, Tensor]:
     "Stages 1 and 2: Eq. 4 or Eq. 5."
     backward, mask = condition.weights in GRADIENTS and cached is None, batch["attention_mask"]
-    targets, stream, sensitivity = _targets(student, family, inputs, batch["labels"], condition, settings, backward)
+    targets, stream, sensitivity = _targets(student, family, inputs, batch, condition, settings, backward)
     with _blaming_the_batch():
         weights = alignment_weights(condition, settings, family, inputs, mask, keys, cached, sensitivity)
     layers = replaced_layers(student)
