@@ -176,7 +176,6 @@ class NotebookParameters(TypedDict):
     ablate: Annotated[int, "{a}whole number{s} of -1 or more", lambda layer: -1 <= layer < 2**63] | None
     layers: Some[Whole] | None
     conditions: Some[Name] | None
-    side_conditions: Some[Name] | None
     teachers: Some[Name] | None
     choices: Some[Name] | None
     pair: Some[Name]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_OF_RUNS', 'code_version', 'provenance', 'write_run', 'read_run', 'run_name', 'parse_run_name',
            'read_runs', 'model_family', 'braced_names', 'footnote', 'read_answers', 'pair_answers', 'joint_failures',
-           'publish', 'notebook_parameters', 'page_folders']
+           'publish', 'notebook_parameters']
 
 # %% ../nbs/60_runs.ipynb #c003
 import ast, json, platform, re, shutil, subprocess, sys, time
@@ -190,7 +190,7 @@ def braced_names(
 # %% ../nbs/60_runs.ipynb #c057b
 def footnote(
     runs: list[dict],  # of `read_runs`
-    missing: list[str] = (),  # of `missing_runs`
+    missing: list[str] = (),  # names of runs
 ) -> str:
     "Markdown that names the runs behind a table, by commit and machine, and says what is missing or uneven."
     groups = {}
@@ -363,20 +363,3 @@ def notebook_parameters(path: str | Path) -> dict:
         if isinstance(line, ast.Assign)
         for target in line.targets
     }
-
-
-def page_folders(
-    page: str,  # a notebook of nbs/paper
-    given: dict,  # its globals()
-) -> tuple[Path, Path]:  # of the runs; of tables/ and figures/
-    "Where a page reads and writes: in outputs/SCALE unless it is told otherwise. Raises ValueError where it is asked for something else than a scale's page and `out` is not given."
-    own = notebook_parameters(root() / f"nbs/paper/{page}.ipynb")
-    other = [name for name, value in own.items() if name not in ("scale", "out") and given[name] != value]
-    if lacking := [name for name, value in own.items() if value is not None and given[name] is None]:
-        raise ValueError(f"{lacking[0]} is None; {page} takes a value like {own[lacking[0]]!r}")
-    if other and given["out"] is None:
-        raise ValueError(
-            f"{other[0]} {given[other[0]]!r} makes another {page} than scale {given['scale']}'s: give its folder as `out`"
-        )
-    home = root() / "outputs" / given["scale"]
-    return Path(given.get("runs") or home / "runs"), Path(given["out"] or home)

@@ -70,7 +70,7 @@ class Scale(Parameters):
     conditions: Some[Name] = ("C0", "C1", "C2", "C3", "C4")  # of Tables 1 and 6; other pages name their own
     seeds: Some[Seed] = (0,)
     more_seeds: dict[Name, tuple[Seed, ...]] = field(default_factory=dict)  # condition -> its seeds beside `seeds`
-    side_seeds: tuple[Seed, ...] = (0,)  # of the curve, other teachers, side_conditions and open points
+    side_seeds: tuple[Seed, ...] = (0,)  # of the curve, other teachers, sweeps, prior recipes and open points
     budgets: tuple[Count, ...] = ()  # token budgets of Table 1's curve
     side_budgets: tuple[Count, ...] = ()  # the same for Tables 5 and 6
     init: Literal[INITS] = "paper"  # start of the mixers' new parameters

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'MEASURES', 'score_table', 'condition_label', 'plus_minus', 'markdown_table', 'score_markdown',
-           'contrast_markdown', 'findings', 'missing_runs', 'asked_runs', 'teacher_table', 'teacher_markdown',
-           'teacher_findings', 'budget_markdown', 'save_table']
+           'contrast_markdown', 'findings', 'teacher_table', 'teacher_markdown', 'teacher_findings', 'budget_markdown',
+           'save_table']
 
 # %% ../nbs/64_tables.ipynb #c003
-from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 import pandas as pd
 
-from .conditions import CONDITIONS, TASKS, get_condition
+from .conditions import CONDITIONS, TASKS
 from .files import write_file
 from heed_nb.paper_numbers import (
     ABLATIONS,
@@ -25,8 +24,7 @@ from heed_nb.paper_numbers import (
     paper_score,
     paper_scores,
 )
-from .runs import model_family, read_runs, run_name
-from .scales import Scale
+from .runs import model_family, read_runs
 from .statistics import AVERAGES, ROWS, TITLES, at_budget, contrast, means, scores, sentence, verdict
 
 # %% ../nbs/64_tables.ipynb #c044
@@ -195,65 +193,6 @@ def findings(
         ]
         found.append(f"Within 2 points of the teacher on the reasoning average: {near[0]}. The paper has {near[1]}.")
     return found
-
-# %% ../nbs/64_tables.ipynb #c057
-def missing_runs(
-    scores: pd.DataFrame,  # of `scores`
-    token_budget: int,
-    conditions: tuple[str, ...],
-    seeds: tuple[int, ...],
-    teacher: str | None = None,  # the name of another teacher; None: the one of Table 1
-    scale: Scale | None = None,  # leaves out the seeds that it has for other conditions alone
-) -> list[str]:  # names of `run_name`
-    "The runs a table asks for and does not find."
-    wanted = [
-        run_name(c, s, token_budget, teacher)
-        for c in conditions
-        for s in ([None] if c == "C0" else seeds)
-        if c == "C0" or scale is None or scale.takes(c, s)
-    ]
-    return [name for name in wanted if name not in set(scores.run)]
-
-
-def asked_runs(
-    runs: Path,  # folder of the runs
-    plan: Scale,
-    conditions: Iterable[str],
-    token_budget: int,
-    seeds: Iterable[int] | None = None,  # of every condition; None: the scale's
-    side_conditions: Iterable[str] = (),  # where `seeds` is None, those with the scale's `side_seeds` alone
-    side_budgets: Iterable[int] = (),  # more token budgets; where `seeds` is None, with the scale's `side_seeds`
-) -> tuple[
-    dict[str, Iterable[int]], list[dict], list[str]
-]:  # the conditions with their seeds; of `read_runs`; the names that are missing
-    "What a table shows. Raises ValueError on an unknown condition, and if no run is there."
-    wanted = {
-        get_condition(c).name: (*plan.seeds, *plan.more_seeds.get(c, ())) if seeds is None else seeds
-        for c in conditions
-    }
-    if seeds is None:
-        wanted |= {c: plan.side_seeds for c in side_conditions if c in wanted}
-    by_budget = {b: dict.fromkeys(wanted, plan.side_seeds if seeds is None else seeds) for b in side_budgets} | {
-        token_budget: wanted
-    }
-    found = [
-        r
-        for r in read_runs(runs)
-        if r["condition"] in wanted
-        and (r["seed"] is None or r["seed"] in by_budget.get(r["token_budget"], {}).get(r["condition"], ()))
-    ]
-    if not found:
-        raise ValueError(
-            f"no run of {', '.join(wanted)} at {token_budget} tokens in {runs}; run `make all SCALE={plan.name}` first"
-        )
-    measured = scores(found)
-    missing = (
-        name
-        for b, of in by_budget.items()
-        for c, given in of.items()
-        for name in missing_runs(measured, b, (c,), given, scale=plan)
-    )
-    return wanted, found, list(dict.fromkeys(missing))
 
 # %% ../nbs/64_tables.ipynb #c061
 def teacher_table(

@@ -11,9 +11,10 @@ from scipy import stats
 from test_results import cell, notebook
 
 from heed_nb import conditions as registry
-from heed_nb.batch import Batch
+from heed_nb import pages
 from heed_nb.conditions import BENCHMARKS, CONDITIONS, RECIPES, Condition
 from heed_nb.scales import load_scale
+from heed_nb.pages import PAGES, Batch
 from heed_nb.paper_numbers import ABLATIONS, SWEEP, paper_table
 from heed_nb.runs import run_name, write_run
 
@@ -231,28 +232,41 @@ def test_without_runs_it_says_so_in_one_line(name, root, tmp_path, monkeypatch):
 def test_other_settings_and_other_recipes_have_side_seeds(root, monkeypatch):
     monkeypatch.chdir(root)
     scale = replace(load_scale("toy"), seeds=(0, 1, 2), side_seeds=(0,))
-    seeds = lambda name, batch: {
-        c: sorted(run.seed for run in batch.runs_of(name) if run.condition == c)
-        for c in batch.conditions_of(name)
-        if c != "C0"
-    }
-    batch = Batch(scale)
+
+    def seeds(name, batch):
+        runs = PAGES[name].reads(batch)
+        of = lambda c: sorted(run.seed for run in runs if run.condition == c)
+        return {c: of(c) for c in PAGES[name].shows(batch) if c != "C0"}
+
+    batch, given = Batch(scale), Batch(scale, seeds=[4, 5])
+    ladder, masks = ("C1", "C2", "C3", "C4"), PAGES["figure_a8"].conditions[1:]
     assert seeds("table_08", batch) == dict.fromkeys(("C4", *ABLATIONS), [0, 1, 2]) | dict.fromkeys(SWEEP, [0])
-    assert seeds("figure_a8", batch) == dict.fromkeys(batch.conditions_of("figure_a8")[1:], [0, 1, 2])
-    assert seeds("table_08", Batch(scale, seeds=[4, 5])) == dict.fromkeys(("C4", *ABLATIONS, *SWEEP), [4, 5])
-    assert seeds("table_03_runs", batch) == {
-        c: [0, 1, 2] if c in ("C1", "C2", "C3", "C4") else [0] for c in RECIPES if c != "Mamba-in-Llama"
-    }
-    asked = [run for name in ("table_03_runs", "table_08", "table_09", "figure_a8") for run in batch.runs_of(name)]
-    assert {run.token_budget for run in asked} == {None, scale.token_budget}
-    assert batch.runs_of("figure_04") == []
-    curves = Batch(replace(scale, side_budgets=(1000, 3000)))
-    more = {name: {*curves.runs_of(name)} - {*batch.runs_of(name)} for name in batch.notebooks if name != "claims"}
+    assert seeds("table_08", given) == dict.fromkeys(("C4", *ABLATIONS, *SWEEP), [4, 5])
+    assert seeds("figure_a8", batch) == dict.fromkeys(masks, [0, 1, 2])
+    recipes = {c: [0, 1, 2] if c in ladder else [0] for c in RECIPES if c != "Mamba-in-Llama"}
+    assert seeds("table_03_runs", batch) == recipes
+    budgets = lambda name: {run.token_budget for run in PAGES[name].reads(batch)}
+    for name in ("table_03_runs", "table_08", "table_09", "figure_a8"):
+        assert budgets(name) == {None, scale.token_budget}
+
+
+def test_side_budgets_are_those_of_tables_5_and_6(root, monkeypatch):
+    monkeypatch.chdir(root)
+    scale = replace(load_scale("toy"), side_seeds=(0,))
+    batch, curves = Batch(scale), Batch(replace(scale, side_budgets=(1000, 3000)))
+    more = {name: set(page.reads(curves)) - set(page.reads(batch)) for name, page in PAGES.items() if not page.parts}
     assert {name for name in more if more[name]} == {"table_05", "table_06"}
-    side = {(c, 0, budget) for c in ("C4", "C5", "C6") for budget in (1000, 3000)}
-    assert {(run.condition, run.seed, run.token_budget) for run in more["table_05"]} == side
-    assert {run.of for run in more["table_06"]} == {*curves.teachers} and {run.seed for run in more["table_06"]} == {0}
-    assert Batch(load_scale("smoke")).conditions_of("figure_a8") == ["C0", "C1", "C4", "mask-25", "random-25"]
+    variants = {(c, 0, budget) for c in ("C4", "C5", "C6") for budget in (1000, 3000)}
+    assert {(run.condition, run.seed, run.token_budget) for run in more["table_05"]} == variants
+    assert {run.of for run in more["table_06"]} == set(curves.teachers)
+    assert {run.seed for run in more["table_06"]} == {0}
+
+
+def test_a_page_of_smoke_shows_one_of_a_kind(root, monkeypatch):
+    monkeypatch.chdir(root)
+    smoke = Batch(load_scale("smoke"))
+    assert PAGES["figure_a8"].shows(smoke) == ["C0", "C1", "C4", "mask-25", "random-25"]
+    assert PAGES["table_03_runs"].shows(smoke) == ["C0", "mmMamba", "C1", "C4"]
 
 
 # The pipeline
@@ -287,9 +301,7 @@ def test_another_registry_and_other_settings_draw_another_pipeline(root, tmp_pat
     monkeypatch.setitem(registry.CONDITIONS, "C9", Condition("C9", "New", alignment="head_output", weights="density"))
     changed = dict(stages=(0.2, 0.3, 0.5), tau=0.7, ce_weight=0.3, density_cache="d.cache")
     scale = load_scale("smoke")
-    monkeypatch.setattr(
-        registry, "load_scale", lambda name: replace(scale, init="identity", train=scale.train | changed)
-    )
+    monkeypatch.setattr(pages, "load_scale", lambda name: replace(scale, init="identity", train=scale.train | changed))
     texts, table = drawn(root, tmp_path, monkeypatch)
     assert "C9" in texts and {"Stage 1\n20%", "Stage 3\n50%"} <= set(texts)
     assert any("read from a cache" in text for text in texts) and any(r"\tau=0.7" in text for text in texts)

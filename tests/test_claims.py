@@ -440,7 +440,7 @@ def test_figure_3_has_all_curves_and_the_papers_numbers(tmp_path, root, monkeypa
     run["numbers"]["deciles"] = dict.fromkeys(("drift", "relative drift", "importance", "ablation"), curve)
     run["numbers"]["regressions"]["relative drift"] = run["numbers"]["regressions"]["drift"]
     path.write_text(json.dumps(run))
-    notebook(root, "figure_03", runs=tmp_path / "runs", out=tmp_path)
+    notebook(root, "figure_03", runs=tmp_path / "runs", out=tmp_path, token_budget=4000)
     text = (tmp_path / "tables/figure_03.md").read_text()
     row = lambda what: next(
         [cell.strip() for cell in line.split("|")[2:4]] for line in text.splitlines() if line.startswith(f"| {what}")

@@ -11,9 +11,10 @@ import pytest
 from huggingface_hub import try_to_load_from_cache
 
 from heed_nb import checkpoints, trainer
-from heed_nb.batch import alone, remove_runs, run_notebook, teacher_lacks
+from heed_nb.batch import alone, remove_runs, run_notebook
 from heed_nb.scales import load_scale
 from heed_nb.files import write_file
+from heed_nb.pages import teacher_lacks
 from heed_nb.runs import write_run
 
 C4 = "outputs/smoke/runs/C4-seed0-budget3000"
@@ -144,7 +145,7 @@ def test_a_teacher_in_the_hubs_cache_is_one_that_is_whole(lacking, message, tmp_
     write_file(folder / "refs/main", "c0")
     for name in {"config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors"} - {*lacking}:
         write_file(folder / "snapshots/c0" / name, weights)
-    monkeypatch.setattr("heed_nb.batch.try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path))
+    monkeypatch.setattr("heed_nb.pages.try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path))
     assert teacher_lacks("org/model").startswith(message) and bool(teacher_lacks("org/model")) == bool(message)
 
 

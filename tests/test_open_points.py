@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 
-from heed_nb.batch import Batch, Run, choices, open_points, run_notebook
+from heed_nb.batch import ordered, run_notebook, run_parameters, run_scale
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, differing
+from heed_nb.pages import PAGES, Batch, Run, choices, open_points
 from heed_nb.scales import load_scale
 from heed_nb.runs import read_runs, write_run
 
@@ -52,7 +53,7 @@ def test_a_choice_is_paired_by_seed_budget_and_questions(tmp_path):
     evaluated(runs, Run("C4", 0, BUDGET, choice="reduce=max"), 1, 1, questions=7)  # asked other questions
     evaluated(runs, Run("C3-forced", 0, BUDGET), 20, 40)
     evaluated(runs, Run("C3", 0, BUDGET), 50, 40)
-    text, table = page(tmp_path)
+    text, table = page(tmp_path, choices=list(choices()), seeds=[0, 1, 2, 3])
     assert set(table.choice) == {visual, "condition=C3-forced"}
     row = table[(table.choice == visual) & (table.row == "fine_grained")].iloc[0]
     assert (row["n"], row["mean"], row["ahead"]) == (2, 2.5, 2) and row["se"] == pytest.approx(1.5)  # of 1 and 4
@@ -62,7 +63,7 @@ def test_a_choice_is_paired_by_seed_budget_and_questions(tmp_path):
         forced["se"]
     )
     assert "`init=mamba` not tried; `init=identity` not tried" in text and "Not tried: `reduce=max`" in text
-    assert page(tmp_path, choices=[visual])[1].choice.unique().tolist() == [visual]
+    assert page(tmp_path, seeds=[0, 1])[1].choice.unique().tolist() == [visual]
 
 
 def test_runs_with_a_choice_are_no_other_tables(tmp_path):
@@ -72,7 +73,9 @@ def test_runs_with_a_choice_are_no_other_tables(tmp_path):
 
 
 def test_an_unknown_choice_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="^unknown choice 'init=warm'; one of reduce=max, "):
+    with pytest.raises(
+        ValueError, match="^unknown choice 'init=warm' in open_points of scale smoke; one of reduce=max, "
+    ):
         page(tmp_path, choices=["init=warm"])
     assert not (tmp_path / "out").exists()
 
@@ -94,7 +97,7 @@ def test_what_a_choice_changes_is_what_its_name_says():
 def test_the_batch_runs_what_a_scale_tries_beside_the_default():
     scale = load_scale("smoke", {"open_points": ["temper=0.5", "condition=C3-forced"], "side_seeds": [0, 4]})
     batch = Batch(scale)
-    names = [run.name.removesuffix("-budget3000") for run in batch.runs_of("open_points")]
+    names = [run.name.removesuffix("-budget3000") for run in PAGES["open_points"].reads(batch)]
     assert names == [
         "C5-temper=0.5-seed0",
         "C5-seed0",
@@ -106,8 +109,8 @@ def test_the_batch_runs_what_a_scale_tries_beside_the_default():
         "C3-seed4",
     ]
     run = Run("C5", 0, BUDGET, choice="temper=0.5")
-    assert run in batch.ordered() and batch.ordered()[-1].choice and batch.plan(run).train["temper"] == 0.5
-    assert batch.parameters(run) == dict(
+    assert run in ordered(batch) and ordered(batch)[-1].choice and run_scale(batch, run).train["temper"] == 0.5
+    assert run_parameters(batch, run) == dict(
         scale="smoke",
         condition="C5",
         seed=0,
@@ -115,4 +118,4 @@ def test_the_batch_runs_what_a_scale_tries_beside_the_default():
         overrides={"train.temper": 0.5},
         out="outputs/smoke/runs/C5-temper=0.5-seed0-budget3000",
     )
-    assert not Batch(scale, ["C5"]).runs_of("open_points") and run not in batch.runs_of("claims")
+    assert not PAGES["open_points"].reads(Batch(scale, ["C5"])) and run not in PAGES["claims"].reads(batch)

@@ -23,9 +23,9 @@ from heed_nb.scales import Scale
 from heed_nb.figures import budget_figure, ladder_figure
 from heed_nb.files import locked, write_file
 from heed_nb.paper_numbers import LADDER, paper_checks, paper_table
+from heed_nb.pages import PAGES, Batch, OpenPage
 from heed_nb.runs import code_version, parse_run_name, publish, read_run, read_runs, run_name, write_run
 from heed_nb.statistics import scores
-from heed_nb.tables import asked_runs
 
 # Files
 
@@ -320,16 +320,15 @@ def test_table_1_of_a_part(paper, tmp_path, conditions):
         ("claims", dict(runs="elsewhere")),
         ("table_01_budgets", dict(seeds=[0])),
         ("table_06", dict(teachers=["outputs/teachers/toy-glm4v"])),
-        ("table_08", dict(side_conditions=[])),
         ("figure_06", dict(pair=["C1", "C4"])),
         ("open_points", dict(choices=["init=mamba"])),
-        ("figure_03", dict(condition="C4")),
+        ("figure_03", dict(conditions=["C4"])),
     ],
 )
 def test_a_part_of_a_page_has_a_folder_of_its_own(paper, root, page, given):
     ((name, value),) = given.items()
     another = f"{name} {value!r} makes another {page} than scale smoke's: give its folder as `out`"
-    with pytest.raises(ValueError, match=rf"^({re.escape(another)}|side_conditions is \[\]; .*)$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(another)}$"):
         paper(page, scale="smoke", **given)
     assert not (root / "outputs/smoke/tables").exists()
 
@@ -360,8 +359,6 @@ def test_table_1_refuses(paper, tmp_path, parameters, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         paper("table_01", **dict(runs=tmp_path / "runs", out=tmp_path) | parameters)
     assert not (tmp_path / "tables").exists()
-    with pytest.raises(ValueError, match=r"^conditions is None; table_09 takes a value like \['C0', 'C3', 'C4'\]$"):
-        paper("table_09", runs=tmp_path / "runs", out=tmp_path, conditions=None)
 
 
 def runs_with(folder, ocr, teacher=None, family="qwen3_vl", budget=2000):
@@ -453,14 +450,11 @@ def test_table_6_by_hand(paper, tmp_path):
 
 def test_the_scales_seeds_are_those_of_a_condition(tmp_path):
     runs_with(tmp_path, {("C0", None): 90, **{(c, s): 50 for c in ("C1", "C4") for s in (0, 1)}})
-    scale = Scale("made", teacher="t", token_budget=2000, seeds=(0,), more_seeds={"C4": (1, 2)})
-    wanted, found, missing = asked_runs(tmp_path, scale, ["C0", "C1", "C4"], 2000)
-    assert [run["name"] for run in found] == [
-        "C0",
-        "C1-seed0-budget2000",
-        "C4-seed0-budget2000",
-        "C4-seed1-budget2000",
-    ] and missing == ["C4-seed2-budget2000"]
+    scale = Scale("made", "t", 2000, teachers={"t": {}}, seeds=(0,), more_seeds={"C4": (1, 2)})
+    page = OpenPage(PAGES["table_01"], Batch(scale), ["C0", "C1", "C4"], tmp_path, tmp_path)
+    found, missing = page.read()
+    names = ["C0", "C1-seed0-budget2000", "C4-seed0-budget2000", "C4-seed1-budget2000"]
+    assert [run["name"] for run in found] == names and missing == ["C4-seed2-budget2000"]
 
 
 def test_table_6_of_an_unknown_teacher_or_of_nothing(paper, tmp_path):
@@ -480,7 +474,8 @@ def test_table_6_of_an_unknown_teacher_or_of_nothing(paper, tmp_path):
 )
 def test_curve_and_figure(paper, tmp_path, budgets, says):
     made_up(tmp_path / "runs", budgets=budgets)
-    for name, given in (("table_01_budgets", {}), ("figure_01", dict(token_budget=1000))):
+    of_budgets = dict(budgets=list(budgets), seeds=[0, 1, 2])
+    for name, given in (("table_01_budgets", of_budgets), ("figure_01", dict(token_budget=1000))):
         namespace = paper(name, runs=tmp_path / "runs", out=tmp_path, **given)
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert says in (tmp_path / "tables" / "table_01_budgets.md").read_text()
