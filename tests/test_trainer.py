@@ -710,9 +710,13 @@ def test_two_processes_share_a_run(tmp_path, whole, processes):
     one, other = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     assert all(one[name].equal(other[name]) for name in one)
     assert [line["tokens"] for line in log(tmp_path)] == [line["tokens"] for line in log(whole[0])]  # the same samples
-    alone = student(whole[0])
-    for name, value in one.items():
-        torch.testing.assert_close(value, alone[name], atol=5e-3, rtol=0)  # means of means: nearly the same steps
+    start = mixer_parameters(to_hybrid(tiny_teacher(), seed=SETTINGS.seed))
+    shared, alone, start = (
+        torch.cat([tensors[name].detach().float().flatten() for name in one])
+        for tensors in (one, student(whole[0]), start)
+    )
+    # means of means: nearly the same steps (0.08 of the way that training goes; runs of other batches are 1.4 apart)
+    assert (shared - alone).norm() < 0.2 * (alone - start).norm()
 
 
 def test_a_finite_dataset_is_read_in_epochs(tmp_path):

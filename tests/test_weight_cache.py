@@ -361,7 +361,7 @@ def test_a_cache_that_is_not_the_teachers_is_refused_before_any_step(toy, tmp_pa
     short = replace(SETTINGS, token_budget=1, density_cache=str(tmp_path / "none"))
     assert distilled(toy, tmp_path / "uniform", "C3", short)  # it weighs nothing by density
     for name in ("density_cache", "gradient_cache"):
-        with pytest.raises(ValueError, match=f"{name} is 7; the path of a cache, or nothing"):
+        with pytest.raises(ValueError, match=f"{name} is 7; it takes a text that is not empty, or nothing"):
             replace(SETTINGS, **{name: 7})
 
 
