@@ -7,6 +7,8 @@ import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # set by `make test`; a make of the tests is nobody's child
+    os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # nothing here needs a network
 
 # Files that are begun first, so that no process is left idle at the end; `make check` leaves them out.
