@@ -7,7 +7,7 @@ __all__ = ['stop_strings', 'HeedVLM', 'Questions', 'ToyTask']
 
 # %% ../nbs/48_lmms_model.ipynb #c002
 import sys
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -71,9 +71,7 @@ class HeedVLM(_Generating):
         order = sorted(range(len(requests)), key=lambda i: (limits[i], len(requests[i].args[0])), reverse=True)
         with tqdm(total=len(requests), unit=" questions", desc="answers", file=self.bar) as bar:
             for limit, group in groupby(order, limits.__getitem__):
-                group = list(group)
-                for start in range(0, len(group), self.batch_size):
-                    batch = group[start : start + self.batch_size]
+                while batch := list(islice(group, self.batch_size)):
                     for i, text in zip(batch, self.texts([self.messages(requests[i]) for i in batch], limit)):
                         for stop in stop_strings(settings[i]):
                             text = text.split(stop)[0]

@@ -358,7 +358,7 @@ def rankable_batch(
         batch = collate([samples[i] for i in kept], processor)
     return batch, [measured[i] for i in kept], len(measured) - len(kept)
 
-
+# %% ../nbs/54_regression.ipynb #c032b
 def add_batch(
     findings: Findings,
     teacher: nn.Module,

@@ -79,6 +79,18 @@ def test_notebook_as_a_document(path):
     assert len(tagged) == (path.parent.name in ("runs", "paper"))
 
 
+def test_export_cells_hold_one_idea():
+    "At most 40 lines each, beside imports."
+    long = {}
+    for path in (ROOT / "nbs").glob("[0-9]*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            lines = [line for line in cell.source.splitlines() if line.strip()]
+            if cell.cell_type == "code" and "#| export" in cell.source and len(lines) > 40:
+                if not all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(cell.source).body):
+                    long[f"{path.name} {cell.id}"] = len(lines)
+    assert not long
+
+
 def test_readme_is_current():
     expected = run(
         "-c", "import sys; sys.path.insert(0, 'docs'); import build; sys.stdout.write(build.readme())", cwd=ROOT
