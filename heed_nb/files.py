@@ -132,7 +132,7 @@ def write_file(
 
 # %% ../nbs/90_files.ipynb #c0x14
 SUMS = "SHA256SUMS"  # as `sha256sum -c SHA256SUMS` reads it
-BY_HAND = ("generation_config.json", "chat_template.jinja")  # files that people edit
+BY_HAND = ("generation_config.json",)  # files that people edit
 
 
 def _sha256(path):

@@ -30,6 +30,7 @@ def test_size_and_bar(folder):
     check_sums(folder)
     hashed = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
     assert {
+        "chat_template.jinja",
         "config.json",
         "model.safetensors",
         "processor_config.json",
