@@ -63,7 +63,7 @@ def test_a_choice_is_paired_by_seed_budget_and_questions(tmp_path):
         forced["se"]
     )
     assert (
-        "`init=mamba` not tried; `init=identity` not tried" in text and "Not tried: `reduce=mean`; `reduce=max`" in text
+        "`init=mamba` not tried; `init=identity` not tried" in text and "Not tried: `reduce=mean`, `reduce=max`" in text
     )
     assert page(tmp_path, seeds=[0, 1])[1].choice.unique().tolist() == [visual]
 
