@@ -337,7 +337,7 @@ class TrainSettings(Parameters):
     tau: Positive = TAU  # Eq. 3
     text_boost: NonNegative = TEXT_BOOST  # beta
     normalize_over: Literal["all", "visual"] = "all"  # positions of the min-max
-    reduce: Literal["mean", "max"] = "mean"  # patches to tokens
+    reduce: Literal["features", "mean", "max"] = "features"  # Eq. 2 between tokens; of patches: their mean or max
     temper: NonNegative = 1.0  # exponent of C5's gradient weights: 1 is Eq. 7, 0 uniform
     density_cache: Text | None = None  # file of heed_nb.weight_cache; None: density is computed at each step
     gradient_cache: Text | None = None  # the same for the sensitivities of C5, +LD or +SL

@@ -54,7 +54,7 @@ def patch_density(
     h, w = features.shape[-3:-1]
     if min(h, w) <= radius:
         raise ValueError(
-            f"a grid of {h}x{w} patches is too small for radius {radius}; each side must be {radius + 1} or more"
+            f"a grid of {h}x{w} features is too small for radius {radius}; each side must be {radius + 1} or more"
         )
     unit = _mirrored_border(_unit(features), radius)
     total = unit.new_zeros(unit.shape[:-3] + (h, w))  # sum of squared distances over the neighbourhood

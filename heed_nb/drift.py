@@ -132,7 +132,7 @@ def token_measures(
     batch: dict,  # of `collate`
     *,
     text_boost: float = TEXT_BOOST,  # beta
-    reduce: str = "mean",  # density over the patches of a token: "mean" or "max"
+    reduce: str = "features",  # as for `Family.token_density`
 ) -> list[Tokens]:  # one a sample
     """The measures of a batch, on the CPU. They need the residuals of both models at once, 2 L B T D values.
 

@@ -390,7 +390,7 @@ def diagnose(
     one_by_one_images: int = 0,  # number of images whose tokens are hidden one by one too
     table_images: int = 0,  # number of images that leave their rows
     text_boost: float = TEXT_BOOST,  # beta
-    reduce: str = "mean",  # density over the patches of a token: "mean" or "max"
+    reduce: str = "features",  # as for `Family.token_density`
     draws: int = DRAWS,
     seed: int = 0,  # of the resamples
 ) -> tuple[dict, pd.DataFrame | None]:  # numbers; the token table of the first images

@@ -186,19 +186,6 @@ class _Tower(_Parts):
 class _Patches(_Tower):
     "From patches to tokens."
 
-    def token_density(
-        self,
-        rho: Tensor,  # [..., h, w] density of the patches of one grid
-        reduce: str = "mean",  # over the patches of a token: "mean" or "max"
-    ) -> Tensor:  # [..., tokens] in the order the language model sees them
-        "Density of an image's tokens. Raises ValueError on a grid that does not divide into tokens."
-        if reduce not in ("mean", "max"):
-            raise ValueError(f"reduce must be 'mean' or 'max', got {reduce!r}")
-        rows, columns = self.blocks(*rho.shape[-2:])
-        blocks = rho.unflatten(-1, (columns, self.merge)).unflatten(-3, (rows, self.merge))  # [..., h / m, m, w / m, m]
-        blocks = blocks.mean((-3, -1)) if reduce == "mean" else blocks.amax((-3, -1))
-        return blocks.flatten(-2)
-
     def blocks(
         self,
         h: int,  # patches
@@ -209,6 +196,29 @@ class _Patches(_Tower):
             raise ValueError(f"a grid of {h}x{w} patches does not divide into {self.merge}x{self.merge} blocks")
         return h // self.merge, w // self.merge
 
+    def token_density(
+        self,
+        features: Tensor,  # [..., h, w, D], the patches of images with one grid
+        *,
+        reduce: str = "features",  # Eq. 2 between tokens; "mean" or "max" over a token's patches: between patches
+        radius: int = 1,  # of the neighbourhood in Eq. 2
+    ) -> Tensor:  # [..., tokens] in the order the language model sees them
+        "Density of each token (Eq. 2). Raises ValueError on a grid that does not divide into tokens or is too small."
+        if reduce not in ("features", "mean", "max"):
+            raise ValueError(f"reduce must be 'features', 'mean' or 'max', got {reduce!r}")
+        rows, columns = self.blocks(*features.shape[-3:-1])
+        if reduce != "features":
+            features = patch_density(features, radius=radius)[..., None]
+        tokens = features.unflatten(-2, (columns, self.merge)).unflatten(-4, (rows, self.merge))
+        if reduce == "max":  # [..., rows, m, columns, m, D or 1]
+            return tokens.amax((-4, -2)).flatten(-3)
+        tokens = tokens.mean((-4, -2), dtype=torch.promote_types(features.dtype, torch.float32))
+        if reduce == "mean":
+            return tokens.flatten(-3)
+        sides = (radius + 1 if side == 1 else side for side in (rows, columns))  # a line is its own mirror image
+        density = patch_density(tokens.expand(*tokens.shape[:-3], *sides, -1), radius=radius)
+        return density[..., :rows, :columns].flatten(-2)
+
 # %% ../nbs/26_teachers.ipynb #c055
 class Family(_Patches):
     "The interface to a family of teachers."
@@ -217,7 +227,7 @@ class Family(_Patches):
         self,
         inputs: LanguageInputs,
         *,
-        reduce: str = "mean",  # over the patches of a token: "mean" or "max"
+        reduce: str = "features",  # as for `token_density`
         radius: int = 1,  # of the neighbourhood in Eq. 2
     ) -> Tensor:  # [B, T], 0 at text
         "Density of every visual position (Eq. 2). Raises ValueError if there are more or fewer tokens than positions."
@@ -227,8 +237,8 @@ class Family(_Patches):
         for i, features in enumerate(inputs.patch_features, start=1):
             grids[features.shape].append(i)
         for images in grids.values():
-            rho = patch_density(torch.stack([inputs.patch_features[i - 1] for i in images]), radius=radius)
-            for i, row in zip(images, self.token_density(rho, reduce)):
+            features = torch.stack([inputs.patch_features[i - 1] for i in images])
+            for i, row in zip(images, self.token_density(features, reduce=reduce, radius=radius)):
                 tokens[i] = inputs.patch_weights[i - 1] @ row if inputs.patch_weights else row
         tokens = torch.cat(tokens)
         if len(tokens) != (visual := int(mask.sum())):
@@ -432,11 +442,11 @@ class MiniCPMV(Family):
         weights = [nn.functional.normalize(attention.float(), p=1, dim=-1) for attention in out.token_attentions]
         return out.pooler_output.flatten(0, 1), features, {}, weights
 
-    def token_density(self, rho, reduce="mean"):
-        "Density of the patches, which `patch_weights` average. Raises ValueError unless `reduce` is 'mean'."
-        if reduce != "mean":
-            raise ValueError(f"reduce must be 'mean' with a resampler, got {reduce!r}")
-        return rho.flatten(-2)
+    def token_density(self, features, *, reduce="features", radius=1):
+        "Density of the patches, which `patch_weights` average. Raises ValueError unless that mean is asked for."
+        if reduce not in ("features", "mean"):
+            raise ValueError(f"reduce must be 'features' or 'mean' with a resampler, got {reduce!r}")
+        return patch_density(features, radius=radius).flatten(-2)
 
     def check(self, visual_mask, batch):
         "Raises ValueError unless each slice is one run of `query_num` image tokens, with pixels for all."

@@ -62,7 +62,9 @@ def test_a_choice_is_paired_by_seed_budget_and_questions(tmp_path):
     assert (forced["a"], forced["b"], forced["mean"], forced["n"]) == ("C3-forced", "C3", -30, 1) and pd.isna(
         forced["se"]
     )
-    assert "`init=mamba` not tried; `init=identity` not tried" in text and "Not tried: `reduce=max`" in text
+    assert (
+        "`init=mamba` not tried; `init=identity` not tried" in text and "Not tried: `reduce=mean`, `reduce=max`" in text
+    )
     assert page(tmp_path, seeds=[0, 1])[1].choice.unique().tolist() == [visual]
 
 
@@ -74,7 +76,7 @@ def test_runs_with_a_choice_are_no_other_tables(tmp_path):
 
 def test_an_unknown_choice_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match="^unknown choice 'init=warm' in open_points of scale smoke; one of reduce=max, "
+        ValueError, match="^unknown choice 'init=warm' in open_points of scale smoke; one of reduce=mean, "
     ):
         page(tmp_path, choices=["init=warm"])
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ from functools import cache
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -14,7 +15,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from heed_nb.density import patch_density
 from heed_nb.files import check_sums, save_parts
 from heed_nb.teachers import check_checkpoint, end_tokens, family_class, family_of, load_teacher, turn_end
 from tiny import batch_of, page
@@ -50,6 +50,12 @@ def teacher(name):
 @pytest.fixture
 def samples(name):
     return tiny.samples(name)
+
+
+def fails(match, call, *args, **kwargs):
+    with pytest.raises(ValueError, match=match) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
 
 
 def logits_of(family, model, batch):
@@ -90,25 +96,60 @@ def test_tower_has_no_gradient_and_embeddings_have_the_models(teacher, processor
     assert all((p.grad is not None) == (id(p) in decoder) for p in model.parameters())
 
 
+def eq_2(features):
+    "Eq. 2 with numpy's mirrored border, [h, w, D] -> [h, w]."
+    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    border, (h, w, _) = np.pad(unit, ((1, 1), (1, 1), (0, 0)), mode="reflect"), unit.shape
+    return 1 - sum((unit * border[y : y + h, x : x + w]).sum(-1) for y in range(3) for x in range(3)) / 9
+
+
+def density_of_tokens(features, attention, reduce):
+    "The density of one image's or tile's tokens, in order."
+    if attention is not None:  # a resampler's tokens have no grid
+        return attention.numpy() @ eq_2(features.numpy()).ravel()
+    h, w, _ = features.shape
+    blocks = [(slice(y, y + 2), slice(x, x + 2)) for y in range(0, h, 2) for x in range(0, w, 2)]
+    if reduce == "features":
+        return eq_2(np.stack([features[block].numpy().mean((0, 1)) for block in blocks]).reshape(h // 2, w // 2, -1))
+    rho = eq_2(features.numpy())
+    return np.array([getattr(rho[block], reduce)() for block in blocks])
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", IN_BLOCKS, scope="module")
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("reduce", ["mean", "max"])
-def test_density_of_a_batch_is_that_of_its_pages(teacher, processor, samples, see, side, reduce):
-    family = family_of(teacher)
-    batch = batch_of(samples, processor, side)
-    density = family.density(family.language_inputs(teacher, batch), reduce=reduce)
+@pytest.mark.parametrize("reduce", ["features", "mean", "max"])
+def test_density_of_a_batch_is_that_of_its_pages(name, teacher, processor, samples, see, side, reduce):
+    samples = [*samples, (see + "thin", [page(96, 16, 4)])]
+    family, batch = family_of(teacher), batch_of(samples, processor, side)
+    inputs = family.language_inputs(teacher, batch)
+    if name == "minicpmv" and reduce == "max":
+        fails("reduce must be 'features' or 'mean' with a resampler, got 'max'", family.density, inputs, reduce=reduce)
+        return
+    density = family.density(inputs, reduce=reduce)
+    assert reduce != "features" or torch.equal(density, family.density(inputs))
     for row, ids, (_, images) in zip(density, batch["input_ids"], samples):
         visual = ids == processor.image_token_id
         assert not row[~visual].any()
-        expected = []
+        expected = [np.zeros(0)]
         for image in images:
-            for features in family.language_inputs(
-                teacher, batch_of([(see, [image])], processor)
-            ).patch_features:  # a page, or its tiles
-                blocks = patch_density(features).unfold(0, 2, 2).unfold(1, 2, 2).flatten(2)  # [h / 2, w / 2, 4]
-                expected += [blocks.mean(-1).flatten() if reduce == "mean" else blocks.amax(-1).flatten()]
-        assert_close(row[visual], torch.cat(expected) if expected else row[visual], rtol=1e-4, atol=1e-5)
+            alone = family.language_inputs(teacher, batch_of([(see, [image])], processor))
+            attentions = alone.patch_weights or [None] * len(alone.patch_features)  # a page's, or its tiles'
+            expected += [density_of_tokens(f, a, reduce).ravel() for f, a in zip(alone.patch_features, attentions)]
+        assert_close(row[visual].numpy(), np.concatenate(expected), rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BLOCK_TOWERS, scope="module")
+def test_a_grid_of_tokens_too_small_for_the_neighbourhood_is_named(teacher, processor, see):
+    family = family_of(teacher)
+    inputs = family.language_inputs(teacher, batch_of([(see, [page(48, 64)])], processor))
+    fails(
+        "a grid of 4x3 features is too small for radius 3; each side must be 4 or more",
+        family.density,
+        inputs,
+        radius=3,
+    )
+    assert family.density(inputs, reduce="mean", radius=3)[inputs.visual_mask].all()  # 8x6 patches
 
 
 @torch.no_grad()
@@ -135,12 +176,6 @@ def test_density_peaks_where_the_mark_is(name, teacher, processor, see, corner):
 
 
 # Faults. One line each, before anything is computed.
-
-
-def fails(match, call, *args, **kwargs):
-    with pytest.raises(ValueError, match=match) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

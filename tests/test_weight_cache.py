@@ -344,7 +344,7 @@ def test_a_cache_that_is_not_the_teachers_is_refused_before_any_step(toy, tmp_pa
         next(p for n, p in other.named_parameters() if "visual" in n)[0] += 1e-3
     for changed, message in (
         (dict(teacher=other), f"^{toy.path} was made with tower '"),
-        (dict(settings=replace(settings, reduce="max")), f"^{toy.path} was made with reduce 'mean', not 'max'"),
+        (dict(settings=replace(settings, reduce="max")), f"^{toy.path} was made with reduce 'features', not 'max'"),
         (dict(settings=replace(settings, density_cache=str(tmp_path / "none"))), "^no weight cache at "),
     ):
         with pytest.raises(ValueError, match=message):
