@@ -585,7 +585,7 @@ def test_a_step_reaches_every_mixer_and_nothing_else(family, mixer, stage):
 @pytest.mark.parametrize(
     "name, teacher_billions",
     [("qwen3-vl-8b", 8.767), ("internvl-3.5-8b", 8.528), ("glm-4.6v-flash", 10.293), ("minicpm-v-4.5", 8.696)],
-)  # MiniCPM's configuration is UNVERIFIED
+)
 def test_the_papers_teachers_and_their_hybrids_have_their_size(name, teacher_billions):
     config = paper_config(name)
     with torch.device("meta"):

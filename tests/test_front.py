@@ -31,6 +31,15 @@ def test_links_of_the_front_page_lead_to_files_and_to_every_notebook():
     assert {f"nbs/{path.name}" for path in (ROOT / "nbs").glob("[0-9]*.ipynb")} <= links
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "nbs/69_known_gaps.ipynb"])
+def test_commands_name_targets_and_files_that_exist(name):
+    spans = re.findall(r"`([^`\n]+)`", (ROOT / name).read_text(encoding="utf-8"))
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert {match[1] for span in spans if (match := re.match(r"make ([a-z-]+)", span))} <= set(targets)
+    paths = re.findall(r"\b(?:nbs|tests|workflow|benchmarks|docs)/[\w./-]*\w", "\n".join(spans))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 def test_front_page_names_the_families():
     for path in (ROOT / "heed_nb" / "configs").glob("*.json"):
         assert path.stem.removesuffix("-8b") in README.lower()

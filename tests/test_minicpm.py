@@ -587,7 +587,7 @@ def test_load_teacher_takes_the_public_files(model, processor, samples, tmp_path
 
 
 def test_the_real_size_counted_by_hand():
-    "Of the configuration in the package, which is UNVERIFIED: 8.7 B are published."
+    "Of the packaged configuration; 8.7 B are published."
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(paper_config("minicpm-v-4.5"))
     count = lambda part: sum(p.numel() for p in part.parameters())
