@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 
 from heed_nb import evaluate as module
-from heed_nb import lmms_model, toyworld
+from heed_nb import lmms_model, toy_teachers, toyworld
 from heed_nb.conditions import BENCHMARKS
 from heed_nb.evaluate import METRICS, anls, edit_distance, evaluate, relaxed_accuracy, task_files
 from heed_nb.hybrid import to_hybrid
@@ -27,10 +27,10 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     "Folders of a random teacher whose answers differ from page to page, and of its hybrid."
-    folder, processor = tmp_path_factory.mktemp("models"), toyworld.processor()
+    folder, processor = tmp_path_factory.mktemp("models"), toy_teachers.processor()
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    teacher = Qwen3VLForConditionalGeneration(toyworld.teacher_config(processor.tokenizer)).eval()
+    teacher = Qwen3VLForConditionalGeneration(toy_teachers.teacher_config(processor.tokenizer)).eval()
     for parameter in teacher.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)

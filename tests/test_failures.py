@@ -14,20 +14,8 @@ from heed_nb.evaluate import evaluate, task_files
 from heed_nb.runs import joint_failures, pair_answers, read_answers, run_name, write_run
 from heed_nb.statistics import AVERAGES, ROWS, scores
 from heed_nb.tables import score_table
-from heed_nb.toyworld import (
-    BAND,
-    COLOURS,
-    FAILURES,
-    PATCH,
-    SIDE,
-    Documents,
-    asked_text,
-    benchmark,
-    failure,
-    failure_kinds,
-    glyph,
-    render,
-)
+from heed_nb.toy_pages import BAND, COLOURS, PATCH, SIDE, glyph, render
+from heed_nb.toyworld import FAILURES, Documents, asked_text, benchmark, failure, failure_kinds
 
 # The two tasks
 

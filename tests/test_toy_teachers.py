@@ -14,7 +14,8 @@ from heed_nb.evaluate import evaluate
 from heed_nb.files import check_sums
 from heed_nb.runs import read_run
 from heed_nb.teachers import FAMILIES, family_of, load_teacher
-from heed_nb.toyworld import TOYS, Documents, mlp_energy, train_teacher
+from heed_nb.toy_teachers import TOYS, mlp_energy, train_teacher
+from heed_nb.toyworld import Documents
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "outputs/teachers").glob("*/config.json"))
 folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -34,7 +34,7 @@ from heed_nb.density import position_weights
 from heed_nb.hybrid import mixer_parameters, to_hybrid, transferred_parameters
 from heed_nb.streams import pair_with_teacher, teacher_path
 from heed_nb.teachers import family_of
-from heed_nb.toyworld import train_teacher
+from heed_nb.toy_teachers import train_teacher
 from heed_nb.trainer import checkpoints, distill
 
 IMAGE = tiny.config("qwen3_vl").image_token_id
