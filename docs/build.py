@@ -6,7 +6,6 @@ a reference page from its docstrings and docments. Nothing is run but imports.
 
 import argparse
 import base64
-import dis
 import logging
 import os
 import re
@@ -14,12 +13,10 @@ import shutil
 import sys
 import tomllib
 from importlib import import_module
-from inspect import iscode
 from os.path import relpath
 from pathlib import Path
 
 import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
 from latex2mathml.converter import convert
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -63,19 +60,6 @@ def lowered(text):
     return outside_code(text, lambda piece: re.sub(r"^#(?=#* )", "##", piece, flags=re.M))
 
 
-def names_of(code):
-    "The names that a code object sets, and those that it reads from what ran before."
-    sets, reads, inner = set(), set(), set()
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_NAME", "LOAD_GLOBAL") and step.argval not in sets:
-            reads.add(step.argval)
-        elif step.opname in ("STORE_NAME", "STORE_GLOBAL"):
-            sets.add(step.argval)
-        elif iscode(step.argval):
-            inner |= names_of(step.argval)[1]
-    return sets, reads | (inner - sets)
-
-
 def output_markdown(output, picture, alt):
     "One output of a cell as Markdown; `picture(extension, bytes)` stores an image, `alt` describes it."
     if output.output_type == "stream":
@@ -93,30 +77,22 @@ def output_markdown(output, picture, alt):
 
 
 def notebook_parts(path, picture):
-    """The shown cells of a notebook as Markdown, outputs below their code; directives are dropped.
-
-    The code of a cell with `hide` or `echo: false` is left out, or folded if code that is shown reads a name from it.
-    """
-    parts, wanted = [], set()
-    for cell in reversed(nbformat.read(path, as_version=4).cells):
-        directives = DIRECTIVE.findall(cell.source)
-        source = DIRECTIVE.sub("", cell.source).strip("\n")
-        if cell.cell_type == "code" and source.strip():
-            sets, reads = names_of(compile(TransformerManager().transform_cell(source), path.name, "exec"))
-            shown = not {"hide", "echo: false"} & set(directives)
-            code = f"```python\n{source}\n```" if shown or sets & wanted else ""
-            if code:
-                wanted = wanted - sets | reads
-                code = code if shown else f'<details markdown="1"><summary>Setup</summary>\n\n{code}\n\n</details>'
-            outputs = [] if "hide" in directives else cell.outputs
-            alt = next((line.partition(":")[2].strip(' "') for line in directives if line.startswith("fig-alt:")), "")
-            if not alt and any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})):
-                raise ValueError(f"{path.name}: a picture has no `#| fig-alt: what it shows`:\n{source}")
-            shown_below = (output_markdown(output, picture, alt) for output in outputs)
-            parts.append("\n\n".join(filter(None, [code, *shown_below])))
-        elif cell.cell_type == "markdown" and "hide" not in directives:
+    "The shown cells of a notebook as Markdown: no cell with `hide`, and the outputs alone of one with `echo: false`."
+    parts = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        directives, source = DIRECTIVE.findall(cell.source), DIRECTIVE.sub("", cell.source).strip("\n")
+        if "hide" in directives or not source.strip():
+            continue
+        if cell.cell_type == "markdown":
             parts.append(source)
-    return [part for part in reversed(parts) if part.strip()]
+            continue
+        alt = next((line.partition(":")[2].strip(' "') for line in directives if line.startswith("fig-alt:")), "")
+        if not alt and any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
+            raise ValueError(f"{path.name}: a picture has no `#| fig-alt: what it shows`:\n{source}")
+        code = "" if "echo: false" in directives else f"```python\n{source}\n```"
+        shown = filter(None, [code, *(output_markdown(output, picture, alt) for output in cell.outputs)])
+        parts.append("\n\n".join(shown))
+    return [part for part in parts if part]
 
 
 def places():
@@ -235,13 +211,15 @@ def published_page(folder, place):
 
 
 def navigation():
-    "The tabs of the site, each with its pages in order."
+    "The tabs of the site, each with its pages in order; the notebooks by shelf, as in the front page's table."
 
     def pages(folder):
         return [str(path.relative_to(PAGES)) for path in sorted(PAGES.glob(f"{folder}/*.md"), key=rank)]
 
+    rows = re.findall(r"^\| (\w+) +\| (\[.*)", (PAGES / "index.md").read_text(encoding="utf-8"), re.M)
+    shelves = [{part.capitalize(): re.findall(r"\((\w+\.md)\)", links)} for part, links in rows]
     return [
-        {"Notebooks": pages(".")},
+        {"Notebooks": ["index.md", *shelves]},
         {"Results": pages("published") + pages("paper")},
         {"Runs": pages("runs")},
         {"Reference": pages("reference")},

@@ -113,9 +113,9 @@ def density_correlations(
 ) -> Tensor:  # [B] float64; NaN where one of the two is constant
     """Spearman correlation of density and sensitivity in each sample, over its visual positions.
 
-    Raises ValueError if top is not in 0..1."""
+    Raises ValueError if top is not above 0 and at most 1."""
     if not 0 < top <= 1:
-        raise ValueError(f"top is {top}; a share of the visual positions above 0, at most 1")
+        raise ValueError(f"top is {top}; it must be above 0 and at most 1")
     found = torch.full((len(density),), torch.nan, dtype=torch.float64)
     for b, (rho, s, visual) in enumerate(zip(density, sensitivity, visual_mask.bool())):
         pair = torch.stack([rho[visual], s[visual].to(rho.dtype)])

@@ -1,50 +1,29 @@
-"Density and weights against the definition, one position at a time, in plain Python."
-
-import math
+"Density and weights against the equations, in float64."
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from heed_nb.density import patch_density, position_weights
 
 
-def mirrored(index, size):
-    "The list of positions, reflected at both ends without repeating them, read at an index beyond them."
-    positions = list(range(size))
-    return (positions[:0:-1] + positions + positions[-2::-1])[index + size - 1]
+def density(features, radius=1):  # [h, w, D] -> [h, w], Eq. 2
+    unit = F.normalize(features.double(), dim=-1).permute(2, 0, 1)
+    padded, side = F.pad(unit, 4 * [radius], mode="reflect"), 2 * radius + 1
+    neighbours = padded.unfold(1, side, 1).unfold(2, side, 1)  # [D, h, w, side, side]
+    return 1 - (unit[..., None, None] * neighbours).sum(0).mean((-2, -1))
 
 
-def density(features, radius=1):
-    rows, columns, _ = features.shape
-    vectors = features.tolist()
-    result = []
-    for y in range(rows):
-        for x in range(columns):
-            cosines = []
-            for dy in range(-radius, radius + 1):
-                for dx in range(-radius, radius + 1):
-                    p, q = vectors[y][x], vectors[mirrored(y + dy, rows)][mirrored(x + dx, columns)]
-                    dot = math.fsum(a * b for a, b in zip(p, q))
-                    cosines.append(dot / math.hypot(*p) / math.hypot(*q))
-            result.append(1 - math.fsum(cosines) / len(cosines))
-    return torch.tensor(result, dtype=torch.float64).view(rows, columns)
-
-
-def weights(density, visual, present, tau, text_boost, normalize_over):
-    density, here = density.tolist(), [i for i, p in enumerate(present.tolist()) if p]
-    seen = [i for i in here if visual[i]]
-    if not seen:
-        return torch.tensor([float(i in here) for i in range(len(density))], dtype=torch.float64)
-    text = text_boost * math.fsum(density[i] for i in seen) / len(seen)
-    rho = {i: density[i] if visual[i] else text for i in here}
-    over = [rho[i] for i in (here if normalize_over == "all" else seen)]
-    scaled = {i: min(max((rho[i] - min(over)) / (max(over) - min(over)), 0), 1) for i in here}
-    total = math.fsum(math.exp(scaled[i] / tau) for i in here)
-    return torch.tensor(
-        [len(here) * math.exp(scaled[i] / tau) / total if i in here else 0.0 for i in range(len(density))],
-        dtype=torch.float64,
-    )
+def weights(density, visual, present, tau, text_boost, normalize_over):  # [T] each -> [T], Algorithm 1
+    present = present.bool()
+    seen = visual & present
+    if not seen.any():
+        return present.double()
+    rho = torch.where(visual, density.double(), text_boost * density[seen].double().mean())
+    low, high = rho[present if normalize_over == "all" else seen].aminmax()
+    w = ((rho - low) / (high - low)).clamp(0, 1).div(tau).exp() * present
+    return w * present.sum() / w.sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import tiny
 from heed_nb.losses import answer_risk
-from heed_nb.sensitivity import density_correlations, gradient_weights, residual_sensitivity
+from heed_nb.sensitivity import gradient_weights, residual_sensitivity
 from heed_nb.losses import record_outputs
 from heed_nb.teachers import family_of
 
@@ -97,8 +97,3 @@ def test_a_sample_without_an_answer_has_uniform_weights_and_leaves_the_others_al
     assert_close(weights.sum(-1), mask.sum(-1).float())
     labels[1] = -100
     assert gradient_weights(sensitivity_of(model, batch, labels, (0, 2))[1].sum(0), mask).equal(mask.float())
-
-
-def test_correlations_of_no_share_are_refused():
-    with pytest.raises(ValueError, match="top is 0"):
-        density_correlations(torch.rand(4, 40), torch.rand(4, 40), torch.ones(4, 40, dtype=torch.bool), top=0)
