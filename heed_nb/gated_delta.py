@@ -19,17 +19,14 @@ from heed_nb.recurrence import (
     chunk_spans,
     compute_dtype,
     decay_exp,
-    each_sequence,
     first_derivatives_only,
     first_positions,
     log_decay_gradient,
-    num_sequences,
     pad_to,
     pair_decays,
     put_rows,
     register_gradient,
     run_chunks,
-    runs_alone,
     segment_sums,
     start_state,
 )
@@ -55,12 +52,12 @@ def gated_delta_step(
     return y.to(v.dtype), state
 
 # %% ../nbs/22_gated_delta.ipynb #c005
-def _check(q, k, v, g, beta, initial_state, cu_seqlens):
+def _check(q, k, v, g, beta, initial_state):
     "Raises ValueError naming the first argument that does not fit `q` and `v`, and unless `v` is floating point."
     if q.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q is [B, T, G, K] and v is [B, T, H, V], got {list(q.shape)} and {list(v.shape)}")
     (b, t, h, p), (groups, n) = v.shape, q.shape[2:]
-    keys, states = (b, t, groups, n), (num_sequences(cu_seqlens, b, t), h, n, p)
+    keys, states = (b, t, groups, n), (b, h, n, p)
     check_shapes(
         v,
         groups,
@@ -83,13 +80,9 @@ def gated_delta_reference(
     scale: float | None = None,  # of the output; 1 / sqrt(K) if None
     initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
     return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
     "The definition of `gated_delta`, one position after another. Raises ValueError on shapes that do not fit."
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    if cu_seqlens is not None:
-        f = partial(gated_delta_reference, scale=scale)
-        return each_sequence(f, (q, k, v, g, beta), cu_seqlens, initial_state, return_final_state)
+    _check(q, k, v, g, beta, initial_state)
     (b, t, h, p), n, ys = v.shape, q.shape[-1], []
     state = start_state(v, (b, h, n, p), initial_state)
     for i in range(t):
@@ -288,7 +281,7 @@ def _(dy, dfinal, q, k, v, g, beta, starts, inverses, writes, size):
 register_gradient(_gated_delta_chunks, _gated_delta_chunks_backward, gated_delta_minimal, values=2)
 
 # %% ../nbs/22_gated_delta.ipynb #c014
-def _gated_delta_fla(q, k, v, g, beta, scale, initial_state, return_final_state, cu_seqlens):
+def _gated_delta_fla(q, k, v, g, beta, scale, initial_state, return_final_state):
     kernel = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     repeats = v.shape[2] // q.shape[2]
     q, k = (x.to(v.dtype).repeat_interleave(repeats, 2) for x in (q, k))
@@ -301,7 +294,6 @@ def _gated_delta_fla(q, k, v, g, beta, scale, initial_state, return_final_state,
         scale=scale,
         output_final_state=return_final_state,
         initial_state=None if initial_state is None else initial_state.float(),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(v.device, torch.long),
     )
     return (y, state) if return_final_state else y
 
@@ -317,26 +309,19 @@ def gated_delta(
     chunk_size: int | None = None,  # of the torch form, at most; None: 32, or 64 for K or V above 64
     initial_state: Tensor | None = None,  # [B, H, K, V], zeros if None
     return_final_state: bool = False,  # the state after position T, in float32 (float64 for float64 inputs)
-    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
     backend: str = "auto",  # "auto", "torch" or "fla"
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, V] in the dtype of v (, state [B, H, K, V])
     """The gated delta rule in chunks: equal to `gated_delta_reference`, with the derivatives and the accuracy of `ssd`.
 
     Raises ValueError on shapes that do not fit, a chunk size below 1, and as `choose_backend`."""
     backend = backend_for(backend, ("fla",), v, q, k, g, beta, initial_state)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; at least 1")
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    if cu_seqlens is not None and runs_alone(backend, cu_seqlens, initial_state, return_final_state):
-        f = partial(gated_delta, scale=scale, chunk_size=chunk_size, backend=backend)
-        return each_sequence(f, (q, k, v, g, beta), cu_seqlens, initial_state, return_final_state)
+    _check(q, k, v, g, beta, initial_state)
     args, scale = (q, k, v, g, beta), q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(v.device.type, enabled=False):
         if not v.shape[1]:
             y, state = v, start_state(v, (len(v), v.shape[2], q.shape[-1], v.shape[-1]), initial_state)
         elif backend == "fla":
-            result = _gated_delta_fla(*args, scale, initial_state, return_final_state, cu_seqlens)
-            return first_derivatives_only(backend, result)
+            return first_derivatives_only(backend, _gated_delta_fla(*args, scale, initial_state, return_final_state))
         else:
             y, state = run_chunks(_gated_delta_chunks, gated_delta_minimal, args, initial_state, chunk_size)
             y = (y * scale).to(v.dtype)

@@ -36,7 +36,6 @@ from transformers.utils.import_utils import is_tracing
 from .minicpm import MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Model
 from .minicpm import MiniCPMVImageProcessor, register_public_names
 from .mixers import MIXERS, has_holes, init_transferred
-from .recurrence import num_sequences
 from .teachers import check_tensors, family_class, family_of
 
 # %% ../nbs/28_hybrid.ipynb #c006
@@ -117,8 +116,9 @@ def packed_sequences(
             return position_ids, None
         starts = sequence.diff(prepend=sequence[:, :1] - 1).flatten().nonzero().flatten()
         return position_ids, nn.functional.pad(starts, (0, 1), value=b * t)
-    num_sequences(cu_seq_lens, 1, b * t)
     ends = cu_seq_lens.to(device, torch.long)
+    if ends[0] != 0 or ends[-1] != b * t or ends.diff().lt(0).any():
+        raise ValueError(f"cu_seq_lens_q rises from 0 to {b * t}, got {ends.tolist()}")
     text = (torch.arange(b * t, device=device) - ends[:-1].repeat_interleave(ends.diff())).view(b, t)
     return text if position_ids is None or position_ids.ndim == 2 else torch.cat([text[None], position_ids[-3:]]), ends
 

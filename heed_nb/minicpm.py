@@ -160,9 +160,23 @@ STRINGS = (  # jinja: each message's content as one string, before a template th
 
 
 class ViewedImages:
-    "Mixin before a processor: each image as a viewer shows it, and no video."
+    """Mixin before a processor: each image as a viewer shows it, and no video.
 
+    Raises ValueError if the tokenizer lacks a vision token."""
+
+    vision_tokens = {}  # the processor's name for a token -> the tokenizer's name, and the token itself as default
     aspect_limit = math.inf  # long side over short side beyond which an image has no density
+
+    # ProcessorMixin reads its parts from this signature
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        vocabulary = tokenizer.get_vocab()
+        for part, (name, token) in self.vision_tokens.items():
+            token = getattr(tokenizer, name, None) or token
+            if token not in vocabulary:
+                raise ValueError(f"the tokenizer has no {part.replace('_', ' ')} token {token!r}")
+            setattr(self, f"{part}_token", token)
+            setattr(self, f"{part}_token_id", vocabulary[token])
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_inputs_layout(self, images=None, videos=None, **kwargs):
         if videos is not None:
@@ -172,37 +186,22 @@ class ViewedImages:
                 raise ValueError("do_rescale=False: every image has 8 bits here, which must be rescaled")
         return super().prepare_inputs_layout(images=viewed_images(images), **kwargs)
 
-# %% ../nbs/92_minicpm.ipynb #c037
-class _Tokens(ViewedImages, ProcessorMixin):
-    "The special tokens, by the tokenizer's names or their defaults."
-
-    tokens = dict(
-        image="<unk>",
-        image_start="<image>",
-        image_end="</image>",
-        slice_start="<slice>",
-        slice_end="</slice>",
-        image_id_start="<image_id>",
-        image_id_end="</image_id>",
-    )
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        vocabulary = tokenizer.get_vocab()
-        for part, default in self.tokens.items():
-            token = getattr(tokenizer, f"{part}_token", None) or default
-            if token not in vocabulary:
-                raise ValueError(f"the tokenizer has no {part.replace('_', ' ')} token {token!r}")
-            setattr(self, f"{part}_token", token)
-            setattr(self, f"{part}_token_id", vocabulary[token])
-        if chat_template is None and tokenizer.chat_template:
-            chat_template = STRINGS.replace("IMAGE", self.image_token) + tokenizer.chat_template
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
-
 # %% ../nbs/92_minicpm.ipynb #c038
-class MiniCPMV45Processor(_Tokens):
+class MiniCPMV45Processor(ViewedImages, ProcessorMixin):
     """Images and text of MiniCPM-V 4.5, without video.
 
     Raises ValueError if the tokenizer lacks a token, on videos, and on an image that cannot be used."""
+
+    vision_tokens = dict(image=("image_token", "<unk>")) | {
+        part: (f"{part}_token", f"<{token}>")
+        for name in ("image", "slice", "image_id")
+        for part, token in ((f"{name}_start", name), (f"{name}_end", f"/{name}"))
+    }
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template)
+        if chat_template is None and tokenizer.chat_template:
+            self.chat_template = STRINGS.replace("IMAGE", self.image_token) + tokenizer.chat_template
 
     @property
     def aspect_limit(self) -> int:

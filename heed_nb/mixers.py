@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'MixerConfig', 'GatedDeltaConfig', 'Mamba2Config', 'repeat_heads', 'has_holes', 'causal_conv', 'padded_conv',
-           'packed_conv', 'init_transferred', 'Mixer', 'Mamba2Mixer', 'GatedDeltaMixer']
+           'init_transferred', 'Mixer', 'Mamba2Mixer', 'GatedDeltaMixer']
 
 # %% ../nbs/24_mixers.ipynb #c002
 import math
@@ -113,18 +113,6 @@ def padded_conv(
     x = _take(x, order)
     y = causal_conv(F.pad(x, (0, 0, width - 1, 0)), weight)
     return _take(y, order.argsort(1)[:, width:]), x[:, -width:]
-
-
-def packed_conv(
-    x: Tensor,  # [1, T, channels], several sequences in one row
-    weight: Tensor,  # [channels, K]
-    cu_seqlens: Tensor,  # [S + 1], their boundaries
-) -> Tensor:  # [1, T, channels]
-    "`causal_conv` of each sequence on its own."
-    gap = weight.shape[1] - 1  # zeros before each
-    place = torch.arange(x.shape[1], device=x.device) + gap * torch.repeat_interleave(cu_seqlens.diff())
-    context = x.new_zeros(1, x.shape[1] + gap * (len(cu_seqlens) - 1), x.shape[2]).index_copy(1, place + gap, x)
-    return causal_conv(context, weight)[:, place]
 
 # %% ../nbs/24_mixers.ipynb #c032
 class _Parameters(nn.Module):
@@ -252,9 +240,7 @@ class _Recurrence(_Starts):
 class _Inputs(_Recurrence):
     "The inputs of a mixer's recurrence."
 
-    def recurrence_inputs(
-        self, hidden_states, cache=None, mask=None, cu_seqlens=None, holes=None
-    ) -> tuple[Tensor, ...]:
+    def recurrence_inputs(self, hidden_states, cache=None, mask=None, holes=None) -> tuple[Tensor, ...]:
         "q, k, v [B, T, H, P] and the rates; `cache` takes the last inputs of the convolution."
         (b, t, _), h, g, p = hidden_states.shape, self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -264,15 +250,13 @@ class _Inputs(_Recurrence):
         if mask is not None:
             mask, holes = mask.bool(), has_holes(mask) if holes is None else holes
             mixed, *rates = (x.masked_fill(~mask[..., None], 0) for x in (mixed, *rates))
-        mixed = self._convolved(mixed, cache, mask, holes, cu_seqlens)
+        mixed = self._convolved(mixed, cache, mask, holes)
         if self.config.conv_activation == "silu":
             mixed = F.silu(mixed)
         q, k, v = (x.unflatten(-1, (-1, p)) for x in mixed.split([h * p, g * p, g * p], -1))
         return q, repeat_heads(k, h // g), repeat_heads(v, h // g), *rates
 
-    def _convolved(self, x, cache, mask, holes, cu_seqlens):
-        if cu_seqlens is not None:
-            return packed_conv(x, self.conv_weight, cu_seqlens)
+    def _convolved(self, x, cache, mask, holes):
         past = None if cache is None else cache.get_conv_state(self.layer_idx)
         past = None if past is None else past.transpose(1, 2)
         y, last = padded_conv(x, self.conv_weight, mask, holes, past)
@@ -320,22 +304,22 @@ class Mixer(_Matrix):
         **kwargs,
     ) -> tuple[Tensor, None]:  # [B, T, hidden_size], no attention weights
         "The output in the place of attention's; packed sequences come without cache and padding."
-        cache, shape = past_key_values, hidden_states.shape
-        if cu_seqlens is not None:
-            hidden_states = hidden_states.reshape(1, -1, shape[-1])
+        if cu_seqlens is not None:  # each runs alone
+            sequences = hidden_states.reshape(1, -1, hidden_states.shape[-1]).split(cu_seqlens.diff().tolist(), 1)
+            return torch.cat([self(x)[0] for x in sequences if x.shape[1]], 1).view_as(hidden_states), None
         gate = F.silu(self.g_proj(hidden_states)).unflatten(-1, (self.num_heads, self.head_dim))
-        inputs = self.recurrence_inputs(hidden_states, cache, linear_attention_mask, cu_seqlens, padding_holes)
-        y = self._read(inputs, cache, cu_seqlens)
+        inputs = self.recurrence_inputs(hidden_states, past_key_values, linear_attention_mask, padding_holes)
+        y = self._read(inputs, past_key_values)
         if self.config.norm == "norm_then_gate":
             y = self.norm(y) * gate
         else:
             y = y * gate if self.config.norm == "none" else self.norm(y * gate)
-        return self.o_proj(y.flatten(2)).view(shape), None
+        return self.o_proj(y.flatten(2)), None
 
-    def _read(self, inputs, cache, cu_seqlens):
+    def _read(self, inputs, cache):
         "The recurrence's output; `cache` takes its state."
         if cache is None:
-            return self.recurrence(*inputs, cu_seqlens=cu_seqlens)
+            return self.recurrence(*inputs)
         state = cache.get_recurrent_state(self.layer_idx)
         if state is not None and inputs[0].shape[1] == 1:
             y, state = self.step(*(x[:, 0] for x in inputs), state=state)

@@ -21,17 +21,14 @@ from heed_nb.recurrence import (
     chunk_view,
     compute_dtype,
     decay_exp,
-    each_sequence,
     first_derivatives_only,
     first_positions,
     log_decay_gradient,
-    num_sequences,
     pad_to,
     pair_decays,
     put_rows,
     register_gradient,
     run_chunks,
-    runs_alone,
     segment_sums,
     start_state,
 )
@@ -57,12 +54,12 @@ def ssd_step(
     return y.to(x.dtype), state
 
 # %% ../nbs/21_ssd.ipynb #c043
-def _check(x, dt, A, B, C, D, initial_state, cu_seqlens):
+def _check(x, dt, A, B, C, D, initial_state):
     "Raises ValueError naming the first argument that does not fit `x` and `B`, and unless `x` is floating point."
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(f"x is [B, T, H, P] and B is [B, T, G, N], got {list(x.shape)} and {list(B.shape)}")
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
-    keys, states = (b, t, g, n), (num_sequences(cu_seqlens, b, t), h, p, n)
+    keys, states = (b, t, g, n), (b, h, p, n)
     check_shapes(
         x,
         g,
@@ -86,13 +83,9 @@ def ssd_reference(
     D: Tensor | None = None,  # [H]
     initial_state: Tensor | None = None,  # [B, H, P, N], zeros if None
     return_final_state: bool = False,
-    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, P] in the dtype of x (, state [B, H, P, N])
     "The definition of `ssd`, one position after another. Raises ValueError on shapes that do not fit."
-    _check(x, dt, A, B, C, D, initial_state, cu_seqlens)
-    if cu_seqlens is not None:
-        f = lambda x, dt, B, C, **states: ssd_reference(x, dt, A, B, C, D=D, **states)
-        return each_sequence(f, (x, dt, B, C), cu_seqlens, initial_state, return_final_state)
+    _check(x, dt, A, B, C, D, initial_state)
     (b, t, h, p), n, ys = x.shape, B.shape[-1], []
     state = start_state(x, (b, h, p, n), initial_state)
     for i in range(t):
@@ -272,15 +265,14 @@ def _(dy, dfinal, x, dt, A, B, C, starts, decays, scores, size):
 register_gradient(_ssd_chunks, _ssd_chunks_backward, ssd_minimal, values=0)
 
 # %% ../nbs/21_ssd.ipynb #c017
-def _ssd_mamba_ssm(x, dt, A, B, C, D, initial_state, return_final_state, cu_seqlens):
+def _ssd_mamba_ssm(x, dt, A, B, C, D, initial_state, return_final_state):
     kernel = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    seq_idx = None if cu_seqlens is None else torch.repeat_interleave(cu_seqlens.diff()).to(x.device, torch.int32)[None]
     dt, A, D, state = (v if v is None else v.float() for v in (dt, A, D, initial_state))
-    options = dict(D=D, initial_states=state, seq_idx=seq_idx, return_final_states=return_final_state)
+    options = dict(D=D, initial_states=state, return_final_states=return_final_state)
     return kernel(x, dt, A, B.to(x.dtype), C.to(x.dtype), 256, **options)
 
 
-def _ssd_fla(x, dt, A, B, C, D, initial_state, return_final_state, cu_seqlens):
+def _ssd_fla(x, dt, A, B, C, D, initial_state, return_final_state):
     kernel = import_module("fla.ops.simple_gla").chunk_simple_gla
     dt, repeats = dt.float(), x.shape[2] // B.shape[2]
     q, k = (v.to(x.dtype).repeat_interleave(repeats, 2) for v in (C, B))
@@ -292,7 +284,6 @@ def _ssd_fla(x, dt, A, B, C, D, initial_state, return_final_state, cu_seqlens):
         scale=1.0,
         output_final_state=return_final_state,
         initial_state=None if initial_state is None else initial_state.float().mT.contiguous(),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(x.device, torch.long),
     )
     if D is not None:
         y = (y + D.float()[:, None] * x).to(x.dtype)
@@ -313,7 +304,6 @@ def ssd(
     chunk_size: int | None = None,  # of the torch form, at most; None: 32, or 64 for P or N above 64
     initial_state: Tensor | None = None,  # [B, H, P, N], zeros if None
     return_final_state: bool = False,  # the state after position T, in float32 (float64 for float64 inputs)
-    cu_seqlens: Tensor | None = None,  # [S + 1], boundaries of S sequences packed in one row, S states
     backend: str = "auto",  # "auto", "torch", "mamba_ssm" or "fla"
 ) -> Tensor | tuple[Tensor, Tensor]:  # y [B, T, H, P] in the dtype of x (, state [B, H, P, N])
     """State space dual in chunks: equal to `ssd_reference`, with all derivatives.
@@ -322,18 +312,13 @@ def ssd(
     Raises ValueError on shapes that do not fit, a chunk size below 1, and as `choose_backend`; differentiating a
     kernel's gradient raises RuntimeError."""
     backend = backend_for(backend, tuple(KERNELS), x, dt, A, B, C, D, initial_state)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; at least 1")
-    _check(x, dt, A, B, C, D, initial_state, cu_seqlens)
-    if cu_seqlens is not None and runs_alone(backend, cu_seqlens, initial_state, return_final_state):
-        f = lambda x, dt, B, C, **states: ssd(x, dt, A, B, C, D=D, chunk_size=chunk_size, backend=backend, **states)
-        return each_sequence(f, (x, dt, B, C), cu_seqlens, initial_state, return_final_state)
+    _check(x, dt, A, B, C, D, initial_state)
     with torch.autocast(x.device.type, enabled=False):
         if not x.shape[1]:
             y, state = x, start_state(x, (len(x), *x.shape[2:], B.shape[-1]), initial_state)
         elif backend != "torch":
-            args = x, dt, A, B, C, D, initial_state, return_final_state, cu_seqlens
-            return first_derivatives_only(backend, KERNELS[backend](*args))
+            result = KERNELS[backend](x, dt, A, B, C, D, initial_state, return_final_state)
+            return first_derivatives_only(backend, result)
         else:
             y, state = run_chunks(_ssd_chunks, ssd_minimal, (x, dt, A, B, C), initial_state, chunk_size)
             y = (y if D is None else y + D.to(y.dtype)[:, None] * x).to(x.dtype)

@@ -46,21 +46,7 @@ from .minicpm import MiniCPMV45Processor, ViewedImages
 class ImageOnly(ViewedImages):
     """Mixin before a family's processor: images and text, no video, so no torchvision.
 
-    Raises ValueError if the tokenizer lacks a vision token, on videos, and on an image that cannot be decoded or is
-    longer than `aspect_limit` allows."""
-
-    vision_tokens = {}  # the processor's name for a token -> the tokenizer's name, and the token itself as default
-
-    # ProcessorMixin reads its parts from this signature
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        vocabulary = tokenizer.get_vocab()
-        for part, (name, token) in self.vision_tokens.items():
-            token = getattr(tokenizer, name, None) or token
-            if token not in vocabulary:
-                raise ValueError(f"the tokenizer has no {part.replace('_', ' ')} token {token!r}")
-            setattr(self, f"{part}_token", token)
-            setattr(self, f"{part}_token_id", vocabulary[token])
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+    Raises ValueError on videos, and on an image that cannot be decoded or is longer than `aspect_limit` allows."""
 
     __call__ = ProcessorMixin.__call__  # the stock ones look for videos
     create_mm_token_type_ids = ProcessorMixin.create_mm_token_type_ids

@@ -12,7 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_g
 import heed_nb.gated_delta
 from heed_nb.gated_delta import gated_delta, gated_delta_reference, gated_delta_step
 from heed_nb.ssd import ssd_reference
-from test_recurrences import CUTS, DELTA, close, packed_inputs
+from test_recurrences import DELTA, close
 
 torch.set_num_threads(1)
 
@@ -60,14 +60,12 @@ def test_transformers_computes_the_same(groups):
 # The way to the kernel: a stand-in with fla's signature and demands, which computes on the CPU
 
 
-def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
+def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False):
     assert q.shape == k.shape and q.shape[:3] == v.shape[:3]
     assert q.dtype == k.dtype == v.dtype and g.dtype == beta.dtype == torch.float32
     assert initial_state is None or initial_state.dtype == torch.float32
-    assert cu_seqlens is None or cu_seqlens.dtype == torch.int64 and len(v) == 1 and cu_seqlens.diff().min() > 0
-    y, state = gated_delta_reference(
-        q, k, v, g, beta, scale=scale, initial_state=initial_state, return_final_state=True, cu_seqlens=cu_seqlens
-    )
+    options = dict(scale=scale, initial_state=initial_state, return_final_state=True)
+    y, state = gated_delta_reference(q, k, v, g, beta, **options)
     return y, state if output_final_state else None
 
 
@@ -98,25 +96,14 @@ def test_fla_s_gradient_is_not_differentiated(fla):
         torch.autograd.grad(y, args[0], create_graph=True)
 
 
-@pytest.mark.parametrize("ends", CUTS.values(), ids=CUTS)
-def test_fla_keeps_packed_sequences_apart(fla, ends):
-    args, cu_seqlens = packed_inputs(DELTA, ends), torch.tensor(ends, dtype=torch.int32)
-    close(*(DELTA.gradients(f, args, cu_seqlens=cu_seqlens) for f in ("chunked", "reference")))
-
-
 def test_bad_input():
     q, k, v, g, beta, state = inputs(6, 4, 2, 4, 4)
-    one, ends = [a[:1] for a in (q, k, v, g, beta)], torch.tensor([0, 2, 3, 6])
     for message, given, options in (
         ("unknown backend 'cuda'; one of auto, torch, fla", (q, k, v, g, beta), dict(backend="cuda")),
         ("unknown backend 'mamba_ssm'; one of auto, torch, fla", (q, k, v, g, beta), dict(backend="mamba_ssm")),
         ("chunk_size is 0", (q, k, v, g, beta), dict(chunk_size=0)),
         ("3 groups do not divide 4 heads", (torch.ones(2, 6, 3, 4), torch.ones(2, 6, 3, 4), v, g, beta), {}),
         ("initial_state has shape", (q, k, v, g, beta), dict(initial_state=state[:1])),
-        ("packs sequences in one row, got a batch of 2", (q, k, v, g, beta), dict(cu_seqlens=torch.tensor([0, 6]))),
-        (r"cu_seqlens rises from 0 to 6, got \[0, 5\]", one, dict(cu_seqlens=torch.tensor([0, 5]))),
-        ("cu_seqlens is a tensor of two integers or more", one, dict(cu_seqlens=torch.tensor([0.0, 6.0]))),
-        (r"initial_state has shape \[2, .*, expected \[3, ", one, dict(cu_seqlens=ends, initial_state=state)),
     ):
         with pytest.raises(ValueError, match=message):
             gated_delta(*given, **options)

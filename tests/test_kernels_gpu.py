@@ -21,28 +21,28 @@ from heed_nb.teachers import load_teacher
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 B, T, H, G, WIDTH = 2, 300, 32, 8, 128  # T: no multiple of any chunk
-ENDS = [0, 63, 64, 200, 300]
 # the largest norm of an error beside the norm of what is right; float32 products run in TF32 in the kernels
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 2e-2}
-CASES = {"zeros": (False, False), "states": (True, False), "packed": (False, True), "packed, states": (True, True)}
+grads = pytest.mark.parametrize("needs_grad", [True, False], ids=["gradient", "forward"])
+states = pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def inputs(operation, dtype, states, packed):
+def inputs(operation, dtype, states):
     "Arguments by name; what is float32 in a mixer stays float32."
     generator = torch.Generator("cuda").manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator, device="cuda")
-    batch, sequences = (1, len(ENDS) - 1) if packed else (B, B)
-    unit = lambda: F.normalize(normal(batch, T, G, WIDTH), dim=-1).to(dtype)
-    state = normal(sequences, H, WIDTH, WIDTH) if states else None
-    wide, narrow = normal(batch, T, H, WIDTH).to(dtype), normal(batch, T, H)
+    unit = lambda: F.normalize(normal(B, T, G, WIDTH), dim=-1).to(dtype)
+    state = normal(B, H, WIDTH, WIDTH) if states else None
+    wide, narrow = normal(B, T, H, WIDTH).to(dtype), normal(B, T, H)
     if operation == "ssd":
         args = dict(x=wide, dt=F.softplus(narrow), A=-normal(H).exp(), B=unit(), C=unit(), D=normal(H))
     else:
-        args = dict(q=unit(), k=unit(), v=wide, g=-0.1 * F.softplus(narrow), beta=normal(batch, T, H).sigmoid())
+        args = dict(q=unit(), k=unit(), v=wide, g=-0.1 * F.softplus(narrow), beta=normal(B, T, H).sigmoid())
     return {**args, "initial_state": state}
 
 
-def results(f, args, dtype, needs_grad, states, packed, **kwargs):
+def results(f, args, dtype, needs_grad, states, **kwargs):
     "Output, final state where there are states, and gradients, by name."
     leaves = {
         name: None
@@ -50,8 +50,7 @@ def results(f, args, dtype, needs_grad, states, packed, **kwargs):
         else (v.double() if dtype is torch.float64 else v).detach().clone().requires_grad_(needs_grad)
         for name, v in args.items()
     }
-    cu_seqlens = torch.tensor(ENDS, dtype=torch.int32, device="cuda") if packed else None
-    y = f(**leaves, return_final_state=states, cu_seqlens=cu_seqlens, **kwargs)
+    y = f(**leaves, return_final_state=states, **kwargs)
     named = dict(y=y[0], state=y[1]) if states else dict(y=y)
     if needs_grad:
         generator = torch.Generator("cuda").manual_seed(1)
@@ -64,44 +63,44 @@ def results(f, args, dtype, needs_grad, states, packed, **kwargs):
     return {name: v.detach().double() for name, v in named.items()}
 
 
-def held_against_the_recurrence(operation, backend, dtype, states, packed, needs_grad):
+def held_against_the_recurrence(operation, backend, dtype, states, needs_grad):
     f, reference = dict(ssd=(ssd, ssd_reference), gated_delta=(gated_delta, gated_delta_reference))[operation]
-    args = inputs(operation, dtype, states, packed)
+    args = inputs(operation, dtype, states)
     try:
-        ours = results(f, args, dtype, needs_grad, states, packed, backend=backend)
+        ours = results(f, args, dtype, needs_grad, states, backend=backend)
     except ValueError as refusal:
         if f"backend {backend!r} can't run" not in str(refusal):
             raise
         pytest.skip(str(refusal))
-    expected = results(reference, args, torch.float64, needs_grad, states, packed)
+    expected = results(reference, args, torch.float64, needs_grad, states)
     errors = {name: ((ours[name] - v).norm() / v.norm()).item() for name, v in expected.items()}
     print(
-        f"{operation} {backend} {dtype} states={states} packed={packed}:",
+        f"{operation} {backend} {dtype} states={states}:",
         ", ".join(f"{name} {error:.1e}" for name, error in errors.items()),
     )
     bound = 1e-4 if (backend, dtype) == ("torch", torch.float32) else TOLERANCE[dtype]
     assert ours.keys() == expected.keys() and max(errors.values()) < bound, errors
 
 
-@pytest.mark.parametrize("needs_grad", [True, False], ids=["gradient", "forward"])
-@pytest.mark.parametrize("states, packed", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@grads
+@states
+@dtypes
 @pytest.mark.parametrize("backend", ["auto", "torch", *KERNELS])
-def test_ssd(backend, dtype, states, packed, needs_grad):
-    held_against_the_recurrence("ssd", backend, dtype, states, packed, needs_grad)
+def test_ssd(backend, dtype, states, needs_grad):
+    held_against_the_recurrence("ssd", backend, dtype, states, needs_grad)
 
 
-@pytest.mark.parametrize("needs_grad", [True, False], ids=["gradient", "forward"])
-@pytest.mark.parametrize("states, packed", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@grads
+@states
+@dtypes
 @pytest.mark.parametrize("backend", ["auto", "torch", "fla"])
-def test_gated_delta(backend, dtype, states, packed, needs_grad):
-    held_against_the_recurrence("gated_delta", backend, dtype, states, packed, needs_grad)
+def test_gated_delta(backend, dtype, states, needs_grad):
+    held_against_the_recurrence("gated_delta", backend, dtype, states, needs_grad)
 
 
 @pytest.mark.parametrize("operation, kernel", [("ssd", "mamba_ssm"), ("ssd", "fla"), ("gated_delta", "fla")])
 def test_a_kernel_by_name_refuses_tensors_on_the_cpu(operation, kernel):
-    args = {name: v if v is None else v.cpu() for name, v in inputs(operation, torch.float32, False, False).items()}
+    args = {name: v if v is None else v.cpu() for name, v in inputs(operation, torch.float32, False).items()}
     with pytest.raises(ValueError, match="these are on cpu"):
         dict(ssd=ssd, gated_delta=gated_delta)[operation](**args, backend=kernel)
 
@@ -141,7 +140,7 @@ def hybrid_errors(root, family, mixer, backend, dtype, device, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@dtypes
 @pytest.mark.parametrize("mixer, backend", [*(("mamba2", kernel) for kernel in KERNELS), ("gdn", "fla")])
 @pytest.mark.parametrize("family", TOY)
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,7 @@ import heed_nb.recurrence
 import heed_nb.ssd
 from heed_nb.recurrence import choose_backend
 from heed_nb.ssd import KERNELS, ssd, ssd_reference
-from test_recurrences import CUTS, SSD, close, each_alone, packed_inputs
+from test_recurrences import SSD, close
 
 torch.set_num_threads(1)
 
@@ -122,37 +121,23 @@ def test_a_package_that_cannot_be_imported_is_no_kernel(files, message, tmp_path
 # The way to a kernel: stand-ins with the packages' signatures and demands, which compute on the CPU
 
 
-def mamba_chunk_scan_combined(
-    x, dt, A, B, C, chunk_size, D=None, initial_states=None, seq_idx=None, return_final_states=False
-):
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
     assert x.dtype == B.dtype == C.dtype and dt.dtype == A.dtype == torch.float32 and B.shape == C.shape
     assert initial_states is None or initial_states.dtype == torch.float32 and len(initial_states) == len(x)
-    if seq_idx is None:
-        y, state = ssd_reference(x, dt, A, B, C, D=D, initial_state=initial_states, return_final_state=True)
-    else:
-        assert seq_idx.shape == x.shape[:2] and seq_idx.dtype == torch.int32
-        assert initial_states is None and not return_final_states
-        parts = [[v[:, seq_idx[0] == i] for v in (x, dt, B, C)] for i in seq_idx[0].unique()]
-        y = torch.cat([ssd_reference(x, dt, A, B, C, D=D) for x, dt, B, C in parts], 1)
-    return (y, state) if return_final_states else y
+    return ssd_reference(x, dt, A, B, C, D=D, initial_state=initial_states, return_final_state=return_final_states)
 
 
-def chunk_simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
+def chunk_simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_final_state=False):
     assert q.shape == k.shape and q.shape[:3] == v.shape[:3]
     assert q.dtype == k.dtype == v.dtype and g.dtype == torch.float32
-    ends = [0, v.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    assert cu_seqlens is None or len(v) == 1 and cu_seqlens.dtype == torch.int64
-    shape = (len(v) if cu_seqlens is None else len(ends) - 1, v.shape[2], q.shape[-1], v.shape[-1])
-    initial_state = torch.zeros(shape) if initial_state is None else initial_state
-    assert initial_state.shape == shape and initial_state.dtype == torch.float32 and initial_state.is_contiguous()
-    ys, states, scale = [], [], q.shape[-1] ** -0.5 if scale is None else scale
-    for sequence, (i, j) in enumerate(zip(ends, ends[1:])):
-        state = initial_state if cu_seqlens is None else initial_state[[sequence]]
-        for t in range(i, j):
-            state = g[:, t, :, None, None].exp() * state + k[:, t, :, :, None].float() * v[:, t, :, None].float()
-            ys.append((scale * q[:, t, :, None].float() @ state)[:, :, 0])
-        states.append(state)
-    return torch.stack(ys, 1).to(q.dtype), torch.cat(states) if output_final_state else None
+    shape = (len(v), v.shape[2], q.shape[-1], v.shape[-1])
+    state = torch.zeros(shape) if initial_state is None else initial_state
+    assert state.shape == shape and state.dtype == torch.float32 and state.is_contiguous()
+    ys, scale = [], q.shape[-1] ** -0.5 if scale is None else scale
+    for t in range(v.shape[1]):
+        state = g[:, t, :, None, None].exp() * state + k[:, t, :, :, None].float() * v[:, t, :, None].float()
+        ys.append((scale * q[:, t, :, None].float() @ state)[:, :, 0])
+    return torch.stack(ys, 1).to(q.dtype), state if output_final_state else None
 
 
 @pytest.fixture(params=KERNELS)
@@ -189,36 +174,12 @@ def test_a_kernel_s_gradient_is_not_differentiated(kernel, output):
         torch.autograd.grad(value, args[0], create_graph=True)
 
 
-@pytest.mark.parametrize("ends", CUTS.values(), ids=CUTS)
-def test_kernels_keep_packed_sequences_apart(kernel, ends):
-    args, cu_seqlens, found = packed_inputs(SSD, ends), torch.tensor(ends, dtype=torch.int32), []
-    for f in (lambda *args, D: ssd(*args, D=D, cu_seqlens=cu_seqlens), each_alone(SSD, ends)):
-        leaves = [v.detach().clone().requires_grad_() for v in args[:6]]
-        y = f(*leaves[:5], D=leaves[5])
-        found.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), leaves)])
-    close(*found)
-
-
-def test_kernels_carry_states_of_packed_sequences(kernel):
-    ends = CUTS["several"]
-    alone = replace(SSD, reference=each_alone(SSD, ends)).gradients("reference", packed_inputs(SSD, ends))
-    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
-    close(SSD.gradients("chunked", packed_inputs(SSD, ends), cu_seqlens=cu_seqlens), alone)
-
-
 def test_bad_input():
     x, dt, A, B, C, D, state = inputs(6, 4, 2, 4, 4)
-    one = [v if v.ndim == 1 else v[:1] for v in (x, dt, A, B, C)]
     for message, call in {
         "chunk_size is 0": lambda: ssd(x, dt, A, B, C, chunk_size=0),
         "3 groups do not divide 4 heads": lambda: ssd(x, dt, A, torch.ones(2, 6, 3, 4), torch.ones(2, 6, 3, 4)),
         "initial_state has shape": lambda: ssd_reference(x, dt, A, B, C, initial_state=state[:1]),
-        "packs sequences in one row, got a batch of 2": lambda: ssd(x, dt, A, B, C, cu_seqlens=torch.tensor([0, 6])),
-        r"cu_seqlens is a tensor of two integers or more, got a list": lambda: ssd(*one, cu_seqlens=[0, 6]),
-        r"cu_seqlens rises from 0 to 6, got \[0, 4, 3, 6\]": lambda: ssd(*one, cu_seqlens=torch.tensor([0, 4, 3, 6])),
-        r"initial_state has shape \[2, 4, 4, 4\], expected \[3, 4, 4, 4\]": lambda: ssd(
-            *one, cu_seqlens=torch.tensor([0, 2, 3, 6]), initial_state=state
-        ),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
