@@ -211,13 +211,13 @@ def published_page(folder, place):
 
 
 def navigation():
-    "The tabs of the site, each with its pages in order; the notebooks by shelf, as in the front page's table."
+    "The tabs of the site, each with its pages in order; the notebooks by shelf, as on the front page."
 
     def pages(folder):
         return [str(path.relative_to(PAGES)) for path in sorted(PAGES.glob(f"{folder}/*.md"), key=rank)]
 
-    rows = re.findall(r"^\| (\w+) +\| (\[.*)", (PAGES / "index.md").read_text(encoding="utf-8"), re.M)
-    shelves = [{part.capitalize(): re.findall(r"\((\w+\.md)\)", links)} for part, links in rows]
+    parts = re.findall(r"^- \*\*(\w+)\*\*: (\[.*)", (PAGES / "index.md").read_text(encoding="utf-8"), re.M)
+    shelves = [{part: re.findall(r"\((\w+\.md)\)", links)} for part, links in parts]
     return [
         {"Notebooks": ["index.md", *shelves]},
         {"Results": pages("published") + pages("paper")},

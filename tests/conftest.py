@@ -7,11 +7,7 @@ import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes side by side
-for name in (
-    "MAKEFLAGS",
-    "MAKELEVEL",
-    "MFLAGS",
-):  # `make test` sets these, and an inner make would then print its folder
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of `make test`; an inner make would print its folder
     os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # nothing here needs a network
 
