@@ -45,7 +45,7 @@ check: format ## what a contributor runs before a commit: format, export, and th
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 format: .venv/ok ## format notebooks and tests, and export the library
-	$(BIN)/python -m ruff format
+	$(BIN)/python -m ruff format nbs tests docs benchmarks setup.py
 	$(BIN)/nbdev-export
 
 docs: .venv/ok ## build the documentation site in site/
@@ -63,7 +63,7 @@ clean-runs: .venv/ok ## name what runs at SCALE wrote, and with CONFIRM=SCALE re
 LMMS_EVAL = $(shell sed -n 's/^LMMS_EVAL = "\(.*\)".*/\1/p' heed_nb/evaluate.py)
 
 # One install at a time; an interrupted one is taken up again.
-.venv/ok: pyproject.toml
+.venv/ok: settings.ini pyproject.toml setup.py
 	@"$$PY" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heed_nb needs Python 3.11 or later; this is %s. Name one: make PY=/path/to/python3.11" % sys.version.split()[0])'
 	@mkdir -p .venv; echo "installing into .venv"
 	@$(if $(shell command -v flock),flock -n -E 75 .venv/lock) sh -ec '\

@@ -6,9 +6,9 @@ import importlib.util
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from functools import cache
+from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
 
@@ -34,11 +34,15 @@ def run(*command, cwd, **kwargs):
     return done.stdout
 
 
-def requirements():
-    "The lists of pyproject.toml by extra; the runtime's under ''."
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lists = {"": project["dependencies"], **project["optional-dependencies"]}
-    return {extra: list(map(Requirement, lines)) for extra, lines in lists.items()}
+def settings():
+    "settings.ini's lists of requirements, by extra; the runtime's under ''."
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return {
+        name.removesuffix("requirements").strip("_"): [Requirement(line) for line in value.split()]
+        for name, value in ini["DEFAULT"].items()
+        if name.endswith("requirements")
+    }
 
 
 def files(folder, pattern):
@@ -60,7 +64,7 @@ def test_export_is_current_and_notebooks_are_clean(tmp_path, copy_of_repository)
 
 
 def test_notebooks_and_tests_are_formatted():
-    run("-m", "ruff", "format", "--check", cwd=ROOT)  # make format
+    run("-m", "ruff", "format", "--check", "nbs", "tests", "docs", "benchmarks", "setup.py", cwd=ROOT)  # make format
 
 
 @notebooks
@@ -103,7 +107,7 @@ def test_readme_is_current(builder):
 
 @pytest.mark.parametrize("extra", ["", "dev", "eval", "gpu"])
 def test_requirements_are_pinned_to_what_is_installed(extra):
-    for requirement in requirements()[extra]:
+    for requirement in settings()[extra]:
         operators = {s.operator for s in requirement.specifier}
         assert "==" in operators or {">=", "<"} <= operators, f"{requirement} has no tested range"
         if extra != "gpu":
@@ -114,7 +118,7 @@ def test_requirements_are_pinned_to_what_is_installed(extra):
 
 def test_environment_and_makefile_install_the_same():
     extras = re.search(r'-e "\.\[([\w,]+)\]"', (ROOT / "Makefile").read_text())[1]
-    assert set(extras.split(",")) <= requirements().keys()
+    assert set(extras.split(",")) <= settings().keys()
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, pip, packages = environment["dependencies"]
     assert (python, pip, packages) == ("python=3.11", "pip", {"pip": [f"-e .[{extras}]"]})
@@ -180,9 +184,9 @@ def test_evaluation_needs_no_trainer():
 
 
 def test_imports_are_declared():
-    distributions = metadata.packages_distributions()
-    declared = {extra: {canonicalize_name(r.name) for r in of} for extra, of in requirements().items()}
-    own = {"heed_nb", "lmms_eval", "build", *(p.stem for p in ROOT.glob("tests/*.py"))}  # lmms-eval: see pyproject.toml
+    names, distributions = settings(), metadata.packages_distributions()
+    declared = {extra: {canonicalize_name(r.name) for r in requirements} for extra, requirements in names.items()}
+    own = {"heed_nb", "lmms_eval", "build", *(p.stem for p in ROOT.glob("tests/*.py"))}  # lmms-eval: see settings.ini
     everything = [
         *(ROOT / "heed_nb").rglob("*.py"),
         *(ROOT / "tests").glob("*.py"),
@@ -213,6 +217,20 @@ def test_wheel_carries_the_package(wheel, copy_of_repository, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name.removeprefix("heed_nb/") for name in archive.namelist() if name.startswith("heed_nb/")}
     assert shipped == files(package, "*.*").keys()
+
+
+@pytest.mark.slow
+def test_wheel_declares_settings_ini(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("METADATA"))
+        lines = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.M)
+    declared = {(r.name, str(r.specifier), str(r.marker or "")) for r in map(Requirement, lines)}
+    expected = {
+        (r.name, str(r.specifier), f'extra == "{extra}"' if extra else "")
+        for extra, requirements in settings().items()
+        for r in requirements
+    }
+    assert declared == expected
 
 
 @pytest.mark.slow
