@@ -2,11 +2,11 @@
 
     python benchmarks/recurrences.py [--threads 1] [--rounds 3]
 
-Prints a Markdown table. Both sides get the same inputs and are checked to return the same outputs and gradients. Rounds
-alternate between them; a time is the median over the rounds (CPU time with one thread, which other processes disturb less,
-else wall time), `faster` the median of the rounds' ratios. Memory is by how much the peak of a fresh process exceeds what it
-held with the inputs made. transformers' SSD takes its chunk size from a
-model's configuration: 256 is what most have, 64 and 32 are what suits a CPU; its gated delta rule has 64 by default.
+Prints a Markdown table. Both sides get the same inputs, and their outputs and gradients are compared. Rounds alternate
+between them. A time is the median over the rounds: CPU time with one thread, which other processes disturb less, else
+wall time. `faster` is the median of the rounds' ratios. Memory is the peak of a fresh process above what it held with
+the inputs made. transformers takes SSD's chunk size from a model's configuration: most have 256, while 64 and 32 suit a
+CPU. Its gated delta rule has 64 by default.
 """
 
 import argparse
@@ -33,6 +33,12 @@ OPERATIONS = {  # ours, theirs with their chunk size, the chunk sizes
     "SSD": (ssd, lambda *args, size: scan(*args, chunk_size=size), (256, 64, 32)),
     "gated delta rule": (gated_delta, lambda *args, size: delta(*args, chunk_size=size)[0], (64, 32)),
 }
+COLUMNS = (
+    "",
+    "B, T, H, D",
+    "transformers' chunk",
+    *"ms, transformers|ms, ours|faster|MiB, transformers|MiB, ours".split("|"),
+)
 
 
 def inputs(operation, B, T, H, D):
@@ -77,47 +83,43 @@ def peak(f, operation, shape):
     return receiver.recv()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def rivals(operation):
+    "By chunk size, 0 for ours: functions of the same arguments."
+    ours, theirs, sizes = OPERATIONS[operation]
+    return {0: ours} | {size: lambda *args, size=size: theirs(*args, size=size) for size in sizes}
+
+
+def compared(operation, shape, memory, rounds):
+    "The rows of the table for an operation at a shape."
+    args, dy = inputs(operation, *shape)
+    (_, ours), *others = rivals(operation).items()
+    expected = run(ours, args, dy)
+    for size, theirs in others:
+        for a, b in zip(run(theirs, args, dy), expected, strict=True):
+            assert (a - b).norm() < 1e-4 * b.norm(), (operation, shape, size)
+        pairs = [(seconds(theirs, args, dy), seconds(ours, args, dy)) for _ in range(rounds)]
+        times = [f"{1e3 * statistics.median(side):.0f}" for side in zip(*pairs)]
+        faster = f"{statistics.median(a / b for a, b in pairs):.1f} x"
+        yield operation, ", ".join(map(str, shape)), size, *times, faster, f"{memory[size]:.0f}", f"{memory[0]:.0f}"
+
+
+def main(threads, rounds):
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    cases = []
-    for operation, (ours, theirs, sizes) in OPERATIONS.items():
-        for shape in SHAPES:
-            rivals = {size: (lambda *args, theirs=theirs, size=size: theirs(*args, size=size)) for size in sizes}
-            cases.append(
-                (
-                    operation,
-                    shape,
-                    ours,
-                    rivals,
-                    peak(ours, operation, shape),
-                    {size: peak(f, operation, shape) for size, f in rivals.items()},
-                )
-            )
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {options.threads} thread(s), float32, forward + backward\n"
-    )
-    print(
-        "| | B, T, H, D | transformers' chunk | ms, transformers | ms, ours | faster | MiB, transformers | MiB, ours |\n|---|---|---|---|---|---|---|---|"
-    )
-    for operation, shape, ours, rivals, memory, their_memory in cases:
-        args, dy = inputs(operation, *shape)
-        expected = run(ours, args, dy)
-        for size, theirs in rivals.items():
-            for a, b in zip(run(theirs, args, dy), expected, strict=True):
-                assert (a - b).norm() < 1e-4 * b.norm(), (operation, shape, size)
-            pairs = [(seconds(theirs, args, dy), seconds(ours, args, dy)) for _ in range(options.rounds)]
-            times = [1e3 * statistics.median(side) for side in zip(*pairs)]
-            print(
-                f"| {operation} | {', '.join(map(str, shape))} | {size} | {times[0]:.0f} | {times[1]:.0f} | {statistics.median(a / b for a, b in pairs):.1f} x "
-                f"| {their_memory[size]:.0f} | {memory:.0f} |",
-                flush=True,
-            )
+    cases = [(operation, shape) for operation in OPERATIONS for shape in SHAPES]
+    memory = [
+        {size: peak(f, *case) for size, f in rivals(case[0]).items()} for case in cases
+    ]  # before this process grows
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{versions}, {threads} thread(s), float32, forward + backward\n")
+    print(f"| {' | '.join(COLUMNS)} |\n|{len(COLUMNS) * '---|'}")
+    for case, held in zip(cases, memory):
+        for row in compared(*case, held, rounds):
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    main(**vars(parser.parse_args()))

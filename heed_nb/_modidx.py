@@ -439,7 +439,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'heed_nb.mixers.Mixer._read': ('mixers.html#mixer._read', 'heed_nb/mixers.py'),
                                 'heed_nb.mixers.Mixer.forward': ('mixers.html#mixer.forward', 'heed_nb/mixers.py'),
                                 'heed_nb.mixers.MixerConfig': ('mixers.html#mixerconfig', 'heed_nb/mixers.py'),
-                                'heed_nb.mixers.MixerConfig.__post_init__': ('mixers.html#mixerconfig.__post_init__', 'heed_nb/mixers.py'),
                                 'heed_nb.mixers.MixerConfig.for_init': ('mixers.html#mixerconfig.for_init', 'heed_nb/mixers.py'),
                                 'heed_nb.mixers._Inputs': ('mixers.html#_inputs', 'heed_nb/mixers.py'),
                                 'heed_nb.mixers._Inputs._convolved': ('mixers.html#_inputs._convolved', 'heed_nb/mixers.py'),

@@ -8,52 +8,37 @@ __all__ = ['MIXERS', 'MixerConfig', 'GatedDeltaConfig', 'Mamba2Config', 'repeat_
 
 # %% ../nbs/24_mixers.ipynb #c002
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
 from .gated_delta import gated_delta, gated_delta_step
-from .parameters import INITS
+from .parameters import INITS, Count, Parameters, check_keys
 from .ssd import ssd, ssd_step
 
 # %% ../nbs/24_mixers.ipynb #c005
-@dataclass
-class MixerConfig:
+@dataclass(frozen=True)
+class MixerConfig(Parameters):
     "Fields of a mixer. Raises ValueError on a value that is not allowed."
 
-    conv_kernel: int = 4  # positions the convolution sees, itself included
-    conv_activation: str = "silu"  # "silu" or "none"
-    norm: str = "norm_then_gate"  # RMSNorm per head: "norm_then_gate", "gate_then_norm" or "none"
+    conv_kernel: Count = 4  # positions the convolution sees, itself included
+    conv_activation: Literal["silu", "none"] = "silu"
+    norm: Literal["norm_then_gate", "gate_then_norm", "none"] = "norm_then_gate"  # place of the RMSNorm per head
     gate_bias: bool = False  # a bias in the gate's projection
     qk_norm: bool = False  # keep the teacher's q_norm and k_norm
 
-    ALLOWED = dict(
-        conv_activation=("silu", "none"),
-        norm=("norm_then_gate", "gate_then_norm", "none"),
-        gate_bias=(False, True),
-        qk_norm=(False, True),
-    )
     IDENTITY = dict(conv_activation="none", norm="none", gate_bias=True, qk_norm=True)
     INITS = dict.fromkeys(INITS, {}) | {"identity": IDENTITY}  # fields of each init
-
-    def __post_init__(self):
-        if type(self.conv_kernel) is not int or self.conv_kernel < 1:
-            raise ValueError(f"conv_kernel is {self.conv_kernel!r}; an integer of at least 1")
-        for name, allowed in self.ALLOWED.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; one of {', '.join(map(repr, allowed))}")
 
     @classmethod
     def for_init(cls, init: str, **given):
         "The defaults of an init, overridden by the given fields. Raises ValueError on an unknown init or field."
         if init not in cls.INITS:
             raise ValueError(f"unknown init {init!r}; one of {', '.join(cls.INITS)}")
-        names = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise ValueError(f"unknown mixer field {name!r}; one of {', '.join(names)}")
-        return cls(**{**cls.INITS[init], **given})
+        check_keys(given, cls.__dataclass_fields__, "the mixer's fields")
+        return cls(**cls.INITS[init] | given)
 
 # %% ../nbs/24_mixers.ipynb #c028
 class GatedDeltaConfig(MixerConfig):
@@ -169,8 +154,7 @@ class _Starts(_Parameters):
         generator: torch.Generator | None = None,  # on the CPU; None draws from the global one
     ):
         "Initialises everything that is not inherited. Raises ValueError on an unknown init."
-        if init not in self.config_class.INITS:
-            raise ValueError(f"unknown init {init!r}; one of {', '.join(self.config_class.INITS)}")
+        self.config_class.for_init(init)  # raises on an unknown one
         rates = [getattr(self, name).weight for name in self.rate_projections]
         if self.config.norm != "none":
             self.norm.weight.fill_(1)

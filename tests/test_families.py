@@ -18,6 +18,7 @@ from transformers.utils.generic import find_labels
 
 import heed_nb
 import tiny
+from tiny import fails
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import Sample, collate
 from heed_nb.hybrid import HYBRIDS, hybrid_config, mixer_parameters, to_hybrid, transferred_parameters
@@ -604,12 +605,6 @@ def test_the_papers_teachers_and_their_hybrids_have_their_size(name, teacher_bil
 
 
 # Faults. One line each, before anything is computed.
-
-
-def fails(match, call, *args, **kwargs):
-    with pytest.raises(ValueError, match=match) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
 
 
 def change(path, **values):

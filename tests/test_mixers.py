@@ -295,5 +295,5 @@ def test_identity_start(kind):
 def test_bad_mixer_fields(kind):
     with pytest.raises(ValueError, match="unknown init 'warm'; one of paper, mamba, identity"):
         mixer_of(kind).init_new("warm")
-    with pytest.raises(ValueError, match="norm is 'layer'; one of 'norm_then_gate'"):
+    with pytest.raises(ValueError, match="norm is 'layer'; it takes one of norm_then_gate, "):
         MIXERS[kind].config_class(norm="layer")

@@ -1,5 +1,6 @@
 "Both recurrences: the chunked form and the single step against the definition, forward and every derivative."
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
 from heed_nb.gated_delta import gated_delta, gated_delta_reference, gated_delta_step
 from heed_nb.ssd import ssd, ssd_reference, ssd_step
+from tiny import fails
 
 torch.set_num_threads(1)
 
@@ -274,6 +278,78 @@ def test_groups_are_consecutive_heads(op):
         place = lambda i: [head // 2] if i in op.groups else [head]
         alone = [a[place(i)] if a.ndim == 1 else a[:, :, place(i)] for i, a in enumerate(args)]
         assert_close(y[:, :, [head]], op.call("chunked", [*alone, state[:, [head]]])[0])
+
+
+# Beside other operators
+
+
+def test_ssd_is_gated_linear_attention():
+    x, dt, A, B, C, D, state = ssd_inputs(40, 2, 2, 4, 6, torch.float64)
+    decay = (dt * A).cumsum(1).transpose(1, 2)  # q = C, k = B, v = x dt, log decay dt A
+    weights = (decay[..., :, None] - decay[..., None, :]).exp().tril() * (C.transpose(1, 2) @ B.transpose(1, 2).mT)
+    y = weights @ (x * dt[..., None]).transpose(1, 2) + decay.exp()[..., None] * (C.transpose(1, 2) @ state.mT)
+    assert_close(ssd(x, dt, A, B, C, initial_state=state, chunk_size=16), y.transpose(1, 2))
+
+
+def test_the_scale_is_of_what_is_read():
+    *args, state = delta_inputs(20, 4, 2, 4, 6)
+    y, final = DELTA.call("chunked", [*args, state], chunk_size=8)
+    for f in (gated_delta, gated_delta_reference):
+        close(f(*args, initial_state=state, return_final_state=True, scale=3.0), [3 * 4**0.5 * y, final])
+    step, _ = gated_delta_step(*(a[:, 0] for a in args), state, 3.0)
+    assert_close(step, 3 * 4**0.5 * y[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_without_decay_it_is_the_plain_delta_rule():
+    q, k, v, g, beta, _ = delta_inputs(30, 2, 2, 4, 4, torch.float64)
+    y = gated_delta(q, k, v, 0 * g, beta, chunk_size=8, scale=1)
+    eye = torch.eye(4, dtype=torch.float64)
+    state = torch.zeros(2, 2, 4, 4, dtype=torch.float64)
+    for t in range(30):  # DeltaNet as a product of generalised Householder matrices
+        forget = eye - torch.einsum("bh,bhi,bhj->bhij", beta[:, t], k[:, t], k[:, t])
+        state = forget @ state + torch.einsum("bh,bhi,bhj->bhij", beta[:, t], k[:, t], v[:, t])
+        assert_close(y[:, t], torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+
+
+def test_orthogonal_keys_make_it_gated_linear_attention():
+    _, _, v, g, beta, _ = delta_inputs(12, 2, 2, 12, 3, torch.float64)
+    keys = torch.randn(2, 2, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    k = torch.linalg.qr(keys)[0].transpose(1, 2)
+    q = k.roll(1, 1) + k
+    y = gated_delta(q, k, v, g.mean((0, 1), keepdim=True).expand_as(g), beta, chunk_size=5, scale=1)
+    # nothing stands under a key that has not been written, so that every correction is the value itself
+    assert_close(y, ssd_reference(v * beta[..., None], torch.ones_like(g), g.mean((0, 1)), k, q))
+
+
+PEERS = {  # the library's form of the same arguments, and the groups of heads
+    "mamba2": (SSD, mamba2_chunk_scan, 2),
+    "gated delta": (DELTA, torch_recurrent_gated_delta_rule, 2),
+    "gated delta, ungrouped": (DELTA, torch_recurrent_gated_delta_rule, 4),
+}
+
+
+@pytest.mark.parametrize("op, peer, groups", PEERS.values(), ids=PEERS)
+def test_transformers_computes_the_same(op, peer, groups):
+    args = op.inputs(70, 4, groups, 8, 6)
+    if op is SSD:
+        how = dict(chunk_size=16, D=args[5], initial_states=args[6], return_final_states=True)
+    else:
+        how = dict(initial_state=args[5], output_final_state=True)
+    close(op.call("chunked", args), inspect.unwrap(peer)(*args[:5], **how))
+
+
+@both
+def test_bad_input(op):
+    *args, state = op.inputs(6, 4, 2, 4, 4)
+    grouped = [torch.ones(2, 6, 3, 4) if i in op.groups else a for i, a in enumerate(args)]
+    for message, given, options in (
+        ("unknown backend 'cuda'; one of auto, torch, (mamba_ssm, )?fla", args, dict(backend="cuda")),
+        ("chunk_size is 0", args, dict(chunk_size=0)),
+        ("3 groups do not divide 4 heads", grouped, {}),
+        ("initial_state has shape", args, dict(initial_state=state[:1])),
+    ):
+        fails(message, op.chunked, *given[:5], **options)
+    fails("initial_state has shape", op.reference, *args[:5], initial_state=state[:1])
 
 
 # Accuracy

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 import tiny
 from heed_nb.files import check_sums, save_parts
 from heed_nb.teachers import check_checkpoint, end_tokens, family_class, family_of, load_teacher, turn_end
-from tiny import batch_of, page
+from tiny import batch_of, fails, page
 
 PROCESSORS = {name: tiny.processor(name) for name in tiny.TINY}
 BLOCK_TOWERS = ["qwen3_vl", "glm4v"]
@@ -50,12 +50,6 @@ def teacher(name):
 @pytest.fixture
 def samples(name):
     return tiny.samples(name)
-
-
-def fails(match, call, *args, **kwargs):
-    with pytest.raises(ValueError, match=match) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
 
 
 def logits_of(family, model, batch):

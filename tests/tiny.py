@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -148,3 +149,10 @@ def batch_of(samples, processor, side="left"):
             padding_side=side,
         )
     )
+
+
+def fails(match, call, *args, **kwargs):
+    "Holds that the call raises a ValueError of one line."
+    with pytest.raises(ValueError, match=match) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)

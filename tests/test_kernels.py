@@ -1,40 +1,21 @@
-"SSD beside other operators; the choice of a kernel and the way to it (against its recurrence: test_recurrences)."
+"The choice of a kernel, and the way to it: stand-ins for the packages, which compute on the CPU."
 
-import inspect
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.testing import assert_close
-from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
+import heed_nb.gated_delta
 import heed_nb.recurrence
 import heed_nb.ssd
+from heed_nb.gated_delta import gated_delta_reference
 from heed_nb.recurrence import choose_backend
 from heed_nb.ssd import KERNELS, ssd, ssd_reference
-from test_recurrences import SSD, close
+from test_recurrences import DELTA, SSD
+from tiny import fails
 
 torch.set_num_threads(1)
-
-inputs = SSD.inputs
-
-
-def test_gated_linear_attention():
-    x, dt, A, B, C, D, state = inputs(40, 2, 2, 4, 6, torch.float64)
-    decay = (dt * A).cumsum(1).transpose(1, 2)  # q = C, k = B, v = x dt, log decay dt A
-    weights = (decay[..., :, None] - decay[..., None, :]).exp().tril() * (C.transpose(1, 2) @ B.transpose(1, 2).mT)
-    y = weights @ (x * dt[..., None]).transpose(1, 2) + decay.exp()[..., None] * (C.transpose(1, 2) @ state.mT)
-    assert_close(ssd(x, dt, A, B, C, initial_state=state, chunk_size=16), y.transpose(1, 2))
-
-
-def test_transformers_computes_the_same():
-    args = inputs(70, 4, 2, 8, 6)
-    peer = inspect.unwrap(mamba2_chunk_scan)
-    x, dt, A, B, C, D, state = args
-    how = dict(chunk_size=16, initial_states=state, return_final_states=True)
-    close(SSD.call("chunked", args), peer(x, dt, A, B, C, D=D, **how))
-
 
 # The choice of a backend
 
@@ -60,9 +41,9 @@ CHOICES = {  # what differs from HERE: the choice among ssd's kernels and among 
 
 @pytest.mark.parametrize("differs, for_ssd, for_delta", CHOICES.values(), ids=CHOICES)
 def test_auto_is_the_first_that_runs(differs, for_ssd, for_delta):
-    assert choose_backend("auto", KERNELS, **{**HERE, **differs}) == for_ssd
-    assert choose_backend("auto", ("fla",), **{**HERE, **differs}) == for_delta
-    assert choose_backend("torch", KERNELS, **{**HERE, **differs}) == "torch"
+    assert choose_backend("auto", KERNELS, **HERE | differs) == for_ssd
+    assert choose_backend("auto", ("fla",), **HERE | differs) == for_delta
+    assert choose_backend("torch", KERNELS, **HERE | differs) == "torch"
 
 
 REFUSALS = {
@@ -82,9 +63,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name, differs, message", REFUSALS.values(), ids=REFUSALS)
 def test_a_backend_by_name_runs_or_says_why_not(name, differs, message):
-    with pytest.raises(ValueError, match=message) as error:
-        choose_backend(name, KERNELS, **{**HERE, **differs})
-    assert "\n" not in str(error.value)
+    fails(message, choose_backend, name, KERNELS, **HERE | differs)
 
 
 PACKAGES = {  # what a package on the path holds: why it is no kernel
@@ -110,15 +89,12 @@ def test_a_package_that_cannot_be_imported_is_no_kernel(files, message, tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(heed_nb.recurrence, "_found", heed_nb.recurrence._found.__wrapped__)
     unusable = heed_nb.recurrence._machine(None)["unusable"] | NO_FLA["unusable"]
-    assert choose_backend("auto", KERNELS, **{**HERE, "unusable": unusable}) == "torch"
-    x, dt, A, B, C, D, state = inputs(6, 4, 2, 4, 4)
-    with pytest.raises(ValueError, match=message) as error:
-        ssd(x, dt, A, B, C, backend="mamba_ssm")
-    assert "\n" not in str(error.value)
+    assert choose_backend("auto", KERNELS, **HERE | dict(unusable=unusable)) == "torch"
+    fails(message, ssd, *SSD.inputs(6, 4, 2, 4, 4)[:5], backend="mamba_ssm")
     sys.modules.pop("mamba_ssm", None)
 
 
-# The way to a kernel: stand-ins with the packages' signatures and demands, which compute on the CPU
+# The way to a kernel: stand-ins with the packages' signatures and demands
 
 
 def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
@@ -140,46 +116,52 @@ def chunk_simple_gla(q, k, v, g=None, scale=None, initial_state=None, output_fin
     return torch.stack(ys, 1).to(q.dtype), state if output_final_state else None
 
 
-@pytest.fixture(params=KERNELS)
-def kernel(request, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules,
-        "mamba_ssm.ops.triton.ssd_combined",
-        SimpleNamespace(mamba_chunk_scan_combined=mamba_chunk_scan_combined),
-    )
-    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", SimpleNamespace(chunk_simple_gla=chunk_simple_gla))
-    monkeypatch.setattr(heed_nb.ssd, "backend_for", lambda backend, *_: request.param)
-    return request.param
+def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False):
+    assert q.shape == k.shape and q.shape[:3] == v.shape[:3]
+    assert q.dtype == k.dtype == v.dtype and g.dtype == beta.dtype == torch.float32
+    assert initial_state is None or initial_state.dtype == torch.float32
+    options = dict(scale=scale, initial_state=initial_state, return_final_state=True)
+    y, state = gated_delta_reference(q, k, v, g, beta, **options)
+    return y, state if output_final_state else None
+
+
+STAND_INS = {
+    "mamba_ssm.ops.triton.ssd_combined": mamba_chunk_scan_combined,
+    "fla.ops.simple_gla": chunk_simple_gla,
+    "fla.ops.gated_delta_rule": chunk_gated_delta_rule,
+}
+
+
+@pytest.fixture(
+    params=[(SSD, "mamba_ssm"), (SSD, "fla"), (DELTA, "fla")], ids=["ssd-mamba_ssm", "ssd-fla", "delta-fla"]
+)
+def op(request, monkeypatch):
+    "An operator on a kernel."
+    operator, kernel = request.param
+    for module, f in STAND_INS.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{f.__name__: f}))
+    monkeypatch.setattr(sys.modules[operator.chunked.__module__], "backend_for", lambda *_: kernel)
+    return operator
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("initial_state", [False, True], ids=["zeros", "initial state"])
-def test_kernels_get_what_they_expect(kernel, dtype, initial_state):
-    args = inputs(12, 4, 2, 4, 6, dtype, initial_state)
-    ours, reference = SSD.gradients("chunked", args), SSD.gradients("reference", args)
-    assert ours[0].dtype == dtype and ours[1].dtype == torch.float32 and ours[1].shape == reference[1].shape
-    for a, b in zip(ours, reference):
-        assert (a.float() - b.float()).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * b.float().norm()
-    x, dt, A, B, C, D, state = args
-    y = ssd(x, dt, A, B, C, initial_state=state)
-    assert torch.is_tensor(y) and (y - ssd_reference(x, dt, A, B, C, initial_state=state)).norm() <= 1e-2 * y.norm()
+def test_kernels_get_what_they_expect(op, dtype, initial_state):
+    args, close = op.inputs(12, 4, 2, 4, 6, dtype, initial_state), 1e-5 if dtype == torch.float32 else 1e-2
+    options = [{}] if op is SSD else [{}, dict(scale=0.7)]
+    for how in options:
+        ours, reference = (op.gradients(f, args, **how) for f in ("chunked", "reference"))
+        assert ours[0].dtype == dtype and ours[1].dtype == torch.float32 and ours[1].shape == reference[1].shape
+        for a, b in zip(ours, reference):
+            assert (a.float() - b.float()).norm() <= close * b.float().norm()
+    y, expected = (f(*args[:5], initial_state=args[-1]) for f in (op.chunked, op.reference))
+    assert torch.is_tensor(y) and (y - expected).norm() <= 1e-2 * y.norm()
 
 
 @pytest.mark.parametrize("output", [0, 1], ids=["y", "state"])
-def test_a_kernel_s_gradient_is_not_differentiated(kernel, output):
-    *args, state = (v.requires_grad_() for v in inputs(6, 4, 2, 4, 6))
-    value = ssd(*args[:5], D=args[5], initial_state=state, return_final_state=True)[output].sum()
-    torch.autograd.grad(value, args[0], retain_graph=True)
-    with pytest.raises(RuntimeError, match=f"backend '{kernel}' has no second derivatives"):
-        torch.autograd.grad(value, args[0], create_graph=True)
-
-
-def test_bad_input():
-    x, dt, A, B, C, D, state = inputs(6, 4, 2, 4, 4)
-    for message, call in {
-        "chunk_size is 0": lambda: ssd(x, dt, A, B, C, chunk_size=0),
-        "3 groups do not divide 4 heads": lambda: ssd(x, dt, A, torch.ones(2, 6, 3, 4), torch.ones(2, 6, 3, 4)),
-        "initial_state has shape": lambda: ssd_reference(x, dt, A, B, C, initial_state=state[:1]),
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            call()
+def test_a_kernel_s_gradient_is_not_differentiated(op, output):
+    args = [v.requires_grad_() for v in op.inputs(6, 4, 2, 4, 6)]
+    value = op.call("chunked", args)[output].sum()
+    torch.autograd.grad(value, args[0], retain_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="backend '(mamba_ssm|fla)' has no second derivatives"):
+        torch.autograd.grad(value, args[1], create_graph=True)
