@@ -24,12 +24,14 @@ from .tables import markdown_table
 
 # %% ../nbs/66_claims.ipynb #c090
 @cache
-def paper_claims() -> pd.DataFrame:  # a row a claim, with the columns of claims.csv
+def paper_claims() -> pd.DataFrame:  # a row a claim, with the columns of claims.csv; `percent` is in low and high
     "The paper's claims. `paper` is NaN where the paper gives a direction alone; `never` says why no scale tests it."
     words = ["spread", "unit", "measure", "arguments", "decides", "never"]
     frame = pd.read_csv(PAPER / "claims.csv", dtype=dict.fromkeys(words, str)).fillna(dict.fromkeys(words, ""))
-    frame = frame.fillna(dict(low=-math.inf, high=math.inf))
-    return frame.assign(arguments=[tuple(text.split("; ")) if text else () for text in frame.arguments])
+    share = frame.pop("percent") / 100
+    low, high = frame.low.fillna((1 - share) * frame.paper), frame.high.fillna((1 + share) * frame.paper)
+    arguments = [tuple(text.split("; ")) if text else () for text in frame.arguments]
+    return frame.assign(low=low.fillna(-math.inf), high=high.fillna(math.inf), arguments=arguments)
 
 # %% ../nbs/66_claims.ipynb #c093
 VERDICTS = REPRODUCED, NOT_REPRODUCED, UNDECIDED, CEILING, UNTESTED = (
@@ -318,53 +320,37 @@ class Rule:
     decides: str  # "interval" or "value"
     low: float = -math.inf
     high: float = math.inf
-    percent: float = math.nan  # bounds so far from the paper's value, instead of low and high
-
-    def bounds(self, paper: float) -> tuple[float, float]:
-        "The lowest and the highest that is allowed."
-        if math.isnan(self.percent):
-            return self.low, self.high
-        return (1 - self.percent / 100) * paper, (1 + self.percent / 100) * paper
 
     def __str__(self):
-        if not math.isnan(self.percent):
-            return f"{self.decides} within {self.percent:g} % of the paper"
-        if math.isfinite(self.low) and math.isfinite(self.high):
-            return f"{self.decides} within {self.low:g} and {self.high:g}"
-        above, below = ("above", "below") if self.decides == "interval" else ("at least", "at most")
-        return f"{self.decides} " + (f"{above} {self.low:g}" if math.isfinite(self.low) else f"{below} {self.high:g}")
+        words = ("above", "below") if self.decides == "interval" else ("at least", "at most")
+        ends = [f"{word} {end:.4g}" for word, end in zip(words, (self.low, self.high)) if math.isfinite(end)]
+        return f"{self.decides} {' and '.join(ends)}"
 
 # %% ../nbs/66_claims.ipynb #c095c
 def claim_verdict(
-    rule: Rule,
-    measured: Measured,
-    paper: float,  # the paper's value
+    rule: Rule, measured: Measured
 ) -> tuple[str, str]:  # one of VERDICTS; why not, "" where it is reproduced
     "The verdict of a rule on a measurement."
     if measured.why:
         return measured.verdict, measured.why
-    low, high = rule.bounds(paper)
     if rule.decides == "value":
-        if low - 1e-9 <= measured.value <= high + 1e-9:
-            return REPRODUCED, ""
-        off = "beyond the bound" if math.isnan(rule.percent) else f"{measured.value / paper - 1:+.0%} off the paper"
-        return NOT_REPRODUCED, off
+        within = rule.low - 1e-9 <= measured.value <= rule.high + 1e-9
+        return (REPRODUCED, "") if within else (NOT_REPRODUCED, "beyond the bound")
     if measured.low is None:
         return UNTESTED, "no interval"
-    if low < measured.low and measured.high < high:
+    if rule.low < measured.low and measured.high < rule.high:
         return REPRODUCED, ""
-    if inside := [f"{x:.3g}" for x in (low, high) if measured.low <= x <= measured.high]:
+    if inside := [f"{x:.3g}" for x in (rule.low, rule.high) if measured.low <= x <= measured.high]:
         return UNDECIDED, f"the interval holds {' and '.join(inside)}"
-    two_sided = math.isfinite(low) and math.isfinite(high)
-    return NOT_REPRODUCED, f"the interval lies {'outside' if two_sided else 'on the other side'}"
+    return NOT_REPRODUCED, "the interval lies outside"
 
 # %% ../nbs/66_claims.ipynb #c095e
 def _judge(evidence, claim):  # a row of `paper_claims`
     if claim.never:
-        return Measured(), f"never: {claim.never}", UNTESTED, claim.never
-    rule = Rule(claim.decides, claim.low, claim.high, claim.percent)
+        return Measured(), "never", UNTESTED, claim.never
+    rule = Rule(claim.decides, claim.low, claim.high)
     found = MEASURES[claim.measure](evidence, *claim.arguments)
-    return found, str(rule), *claim_verdict(rule, found, claim.paper)
+    return found, str(rule), *claim_verdict(rule, found)
 
 
 def claims(
@@ -376,11 +362,10 @@ def claims(
     evidence, lines = Evidence(folder, scale, kinds), []
     for claim in paper_claims().itertuples(index=False):
         found, rule, verdict, why = _judge(evidence, claim)
-        files = [
-            f"{name}/{kind}.json"
-            for kind in dict.fromkeys(kind for _, kind in found.files)
-            for name in braced_names([run for run, k in found.files if k == kind])
-        ]
+        of_kind = {}
+        for run, kind in found.files:
+            of_kind.setdefault(kind, []).append(run)
+        files = [f"{name}/{kind}.json" for kind, runs in of_kind.items() for name in braced_names(runs)]
         line = {key: getattr(claim, key) for key in ("id", "place", "claim", "paper", "spread", "unit")}
         line |= dict(measure=" ".join([claim.measure, *claim.arguments]), rule=rule)
         line |= dict(value=found.value, low=found.low, high=found.high, n=found.n)
@@ -392,33 +377,31 @@ def claim_counts(
     frame: pd.DataFrame,  # of `claims`
 ) -> str:
     "How many claims have which verdict, in Markdown."
-    rows = [[verdict, str(int((frame.verdict == verdict).sum()))] for verdict in VERDICTS]
+    rows = [[verdict, str((frame.verdict == verdict).sum())] for verdict in VERDICTS]
     return markdown_table(["verdict", "claims"], rows + [["all", str(len(frame))]])
 
 
 def _claim_row(line):  # of `claims`, as cells
-    number = lambda value: f"{value:{'+' if line.unit == 'points' else ''}.2f}"
-    paper = [] if math.isnan(line.paper) else [number(line.paper), line.unit]
-    ours = []
-    if not math.isnan(line.value):
-        interval = "" if math.isnan(line.low) else f"[{number(line.low)}, {number(line.high)}]"
-        ours = [number(line.value), interval, f"({line.n})"]
-    return [
-        line.claim,
-        " ".join(filter(None, [*paper, line.spread])),
-        " ".join(filter(None, ours)),
-        "never" if line.rule.startswith("never") else line.rule,
-        f"**{line.verdict}**" + f": {line.why}" * bool(line.why),
-        " ".join(f"`{run}`" for run in line.runs.split()),
-    ]
+    number = lambda value: "" if math.isnan(value) else f"{value:{'+' * (line.unit == 'points')}.2f}"
+    interval = f"[{number(line.low)}, {number(line.high)}]" * (not math.isnan(line.low))
+    cells = {
+        "claim": [line.claim],
+        "the paper": [number(line.paper), line.unit * (not math.isnan(line.paper)), line.spread],
+        "here": [number(line.value), interval, f"({line.n})" * (not math.isnan(line.value))],
+        "reproduced if": [line.rule],
+        "verdict": [f"**{line.verdict}**" + f": {line.why}" * bool(line.why)],
+        "run files": [f"`{run}`" for run in line.runs.split()],
+    }
+    return {name: " ".join(filter(None, parts)) for name, parts in cells.items()}
 
 
 def claims_markdown(
     frame: pd.DataFrame,  # of `claims`
 ) -> str:
     "The claims by place: the paper's value, ours with its interval, the rule, the verdict and the run files."
-    header = ["claim", "the paper", "here", "reproduced if", "verdict", "run files"]
-    return "\n\n".join(
-        f"## {place}\n\n" + markdown_table(header, [_claim_row(line) for line in lines.itertuples()], text_columns=6)
-        for place, lines in frame.groupby("place", sort=False)
-    )
+    parts = []
+    for place, lines in frame.groupby("place", sort=False):
+        rows = [_claim_row(line) for line in lines.itertuples()]
+        table = markdown_table(list(rows[0]), [list(row.values()) for row in rows], text_columns=6)
+        parts.append(f"## {place}\n\n{table}")
+    return "\n\n".join(parts)

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 from .conditions import BENCHMARKS, CONDITIONS, FINE_GRAINED, REASONING
 from .paper_numbers import LADDER
+from .runs import short_commit
 from .statistics import TITLES, means
 from .tables import condition_label
 
@@ -169,16 +170,9 @@ def run_note(
     runs: list[dict],  # of `read_runs`
 ) -> str:
     "One line for the foot of a figure: which runs, of which code."
-    commits = sorted(
-        {
-            (run["provenance"]["git"]["commit"] or "unknown")[:7] + "+" * bool(run["provenance"]["git"]["dirty"])
-            for run in runs
-        }
-    )
+    listed = lambda values: ", ".join(map(str, values))
     conditions = [c for c in CONDITIONS if any(run["condition"] == c for run in runs)]
     seeds, budgets = (sorted({run[key] for run in runs} - {None}) for key in ("seed", "token_budget"))
-    listed = lambda values: ", ".join(map(str, values))
-    return (
-        f"{len(runs)} runs: {listed(conditions)}; seeds {listed(seeds)}; "
-        f"token budget {listed(budgets)}; commit {listed(commits)}"
-    )
+    commits = sorted(set(map(short_commit, runs)))
+    of = f"seeds {listed(seeds)}; token budget {listed(budgets)}; commit {listed(commits)}"
+    return f"{len(runs)} runs: {listed(conditions)}; {of}"

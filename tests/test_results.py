@@ -26,7 +26,7 @@ from heed_nb.figures import budget_figure, ladder_figure
 from heed_nb.files import locked, write_file
 from heed_nb.paper_numbers import LADDER, made_up_runs, paper_checks, paper_table
 from heed_nb.pages import PAGES, Batch, OpenPage
-from heed_nb.runs import code_version, parse_run_name, publish, read_run, read_runs, run_name, write_run
+from heed_nb.runs import code_version, publish, read_run, read_runs, run_name, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -222,17 +222,6 @@ def test_transcription(number, row, column, value):
 
 
 # Tables from runs
-
-
-@pytest.mark.parametrize("teacher", [None, "InternVL3_5-8B-HF", "C4-seed0-budget7"])
-@pytest.mark.parametrize(
-    "condition, seed, budget",
-    [("C0", None, None), ("C4", 0, 1), ("C4-shuffled", 12, 200000), ("-Density", 1, 5), ("+LD", 0, 5)],
-)
-def test_the_name_of_a_run_says_what_it_is(condition, seed, budget, teacher):
-    name = run_name(condition, seed, budget, teacher)
-    assert parse_run_name(name) == dict(condition=condition, seed=seed, token_budget=budget, teacher=teacher)
-    assert not any(parse_run_name(other) for other in (f"{name}/student", f"{name} ", f"a/b/{name}"))
 
 
 def evaluated(folder, ocr, budget=2000, teacher=None, family="qwen3_vl", questions=100, **beside):
@@ -492,6 +481,7 @@ def test_publish_copies_records_and_no_weights(tmp_path):
             write_file(of(condition) / name, "large")
     write_run(of("mask-10") / "distill.json", "distill", {}, {})  # not evaluated: no table reads it
     write_run(of("C4") / "distill.json", "distill", {}, {})
+    write_run(of("C3-forced") / "diagnose.json", "diagnose", {}, {})
     target = publish("toy", tmp_path)
     names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
     assert (
@@ -500,6 +490,7 @@ def test_publish_copies_records_and_no_weights(tmp_path):
             "manifest.json",
             "tables/table_01.md",
             "runs/C4-seed0-budget1000/distill.json",
+            "runs/C3-forced-seed0-budget1000/diagnose.json",
             *(
                 f"runs/{c}-seed0-budget1000/answers.jsonl" for c in ("C3", "C4")
             ),  # of Figure 6 and the claim on failures
@@ -508,7 +499,7 @@ def test_publish_copies_records_and_no_weights(tmp_path):
         }
     )
     manifest = json.loads((target / "manifest.json").read_text())
-    assert sum(map(len, manifest["commits"].values())) == 7 and manifest["files"].keys() == names - {"manifest.json"}
+    assert sum(map(len, manifest["commits"].values())) == 8 and manifest["files"].keys() == names - {"manifest.json"}
 
 
 def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
