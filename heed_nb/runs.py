@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PUBLISHED_OF_RUNS', 'code_version', 'provenance', 'write_run', 'read_run', 'run_name', 'parse_run_name',
-           'read_runs', 'model_family', 'braced_names', 'footnote', 'read_answers', 'pair_answers', 'joint_failures',
-           'publish', 'notebook_parameters']
+           'read_runs', 'model_family', 'short_commit', 'braced_names', 'footnote', 'read_answers', 'pair_answers',
+           'joint_failures', 'publish', 'notebook_parameters']
 
 # %% ../nbs/60_runs.ipynb #c003
 import ast, json, platform, re, shutil, subprocess, sys, time
@@ -165,59 +165,44 @@ def model_family(
     return next((run["parameters"]["model_type"] for run in runs if "model_type" in run["parameters"]), "")
 
 # %% ../nbs/60_runs.ipynb #c057
+def short_commit(run: dict) -> str:  # "a8b39ff", "a8b39ff+" with uncommitted changes, "unknown"
+    "The commit of a run's code."
+    git = run["provenance"]["git"]
+    return (git["commit"] or "unknown")[:7] + "+" * bool(git["dirty"])
+
+
 def braced_names(
     runs: list[dict],  # of `read_runs`
 ) -> Iterator[str]:  # "C4-seed{0,1}-budget240000"
     "The names of runs, seeds and budgets in braces, as a shell expands them."
     groups = {}
     for run in runs:
-        groups.setdefault((run["teacher"], run["condition"]), {}).setdefault(run["token_budget"], []).append(
-            run["seed"]
-        )
+        budgets = groups.setdefault((run["teacher"], run["condition"]), {})
+        budgets.setdefault(run["token_budget"], []).append(run["seed"])
     braces = lambda values: str(values[0]) if len(values) == 1 else "{" + ",".join(map(str, values)) + "}"
     for (teacher, condition), budgets in groups.items():
         for seeds in dict.fromkeys(map(tuple, budgets.values())):
-            yield run_name(
-                condition,
-                *(
-                    (None, None)
-                    if seeds == (None,)
-                    else (braces(seeds), braces([b for b in budgets if tuple(budgets[b]) == seeds]))
-                ),
-                teacher,
-            )
+            at = [budget for budget in budgets if tuple(budgets[budget]) == seeds]
+            numbers = (None, None) if seeds == (None,) else (braces(seeds), braces(at))
+            yield run_name(condition, *numbers, teacher)
 
 # %% ../nbs/60_runs.ipynb #c057b
 def footnote(
     runs: list[dict],  # of `read_runs`
     missing: list[str] = (),  # names of runs
 ) -> str:
-    "Markdown that names the runs behind a table, by commit and machine, and says what is missing or uneven."
+    "Markdown that names the runs behind a table, by commit and machine, those missing, and the number of questions."
     groups = {}
     for run in runs:
-        git = run["provenance"]["git"]
-        code = (
-            f"commit {git['commit'][:7]}{' with uncommitted changes' if git['dirty'] else ''}"
-            if git["commit"]
-            else "code outside git"
-        )
-        groups.setdefault((run["kind"], code, run["provenance"]["device"]), []).append(run)
+        groups.setdefault((run["kind"], short_commit(run), run["provenance"]["device"]), []).append(run)
     lines = [
-        f"- Made from the {len(made)} run file{'s' * (len(made) > 1)} `runs/NAME/{kind}.json` ({code}, {device}): "
-        f"{', '.join(braced_names(made))}."
-        for (kind, code, device), made in groups.items()
+        f"- Made from {len(made)} `runs/NAME/{kind}.json` (commit {commit}, {device}): {', '.join(braced_names(made))}."
+        for (kind, commit, device), made in groups.items()
     ]
-    if missing:
-        lines.append(f"- **Missing**: {', '.join(missing)}.")
-    if len({code for _, code, _ in groups}) > 1:
-        lines.append("- The runs are of different code: see their commits.")
+    lines += [f"- **Missing**: {', '.join(missing)}."] * bool(missing)
     questions = sorted({n for run in runs for n in run["numbers"].get("n", {}).values()})
     if questions:
-        lines.append(
-            f"- Questions a benchmark: {questions[0]}."
-            if len(questions) == 1
-            else f"- Questions a benchmark differ: {questions[0]} to {questions[-1]}."
-        )
+        lines.append(f"- Questions a benchmark: {' to '.join(map(str, dict.fromkeys((questions[0], questions[-1]))))}.")
     return "\n".join(lines)
 
 # %% ../nbs/60_runs.ipynb #c066

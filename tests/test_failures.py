@@ -212,11 +212,9 @@ def test_figure_6_of_another_pair_and_a_regime_at_its_ceiling(root, tmp_path, mo
     ][1]
     text = page(pair=["C2", "C5"])
     assert "C2 fails and C5 answers 3 of 3" in text and "An answer is right here where it scores 1" in text
-    assert "With one seed, it is ahead where" in text
-    assert (
-        "At its ceiling of 100 with every condition, so that it can tell none of them apart: Smooth evidence." in text
-    )
-    assert "**Missing**: no run of C3 at 2,000 tokens; so there is no pair to show." in page(conditions=["C4"])
+    assert "| C5 – C4 | +10.0 (n=1)" in " ".join(text.split())
+    assert "At the ceiling of 100 with every condition: Smooth evidence." in text
+    assert "**Missing**: no run of C3 at 2,000 tokens, so no pair is shown." in page(conditions=["C4"])
 
 
 # Kinds of failure

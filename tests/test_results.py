@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -22,10 +24,11 @@ from heed_nb.conditions import BENCHMARKS
 from heed_nb.scales import Scale
 from heed_nb.figures import budget_figure, ladder_figure
 from heed_nb.files import locked, write_file
-from heed_nb.paper_numbers import LADDER, paper_checks, paper_table
+from heed_nb.paper_numbers import LADDER, made_up_runs, paper_checks, paper_table
 from heed_nb.pages import PAGES, Batch, OpenPage
-from heed_nb.runs import code_version, parse_run_name, publish, read_run, read_runs, run_name, write_run
-from heed_nb.statistics import scores
+from heed_nb.runs import code_version, publish, read_run, read_runs, run_name, write_run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Files
 
@@ -221,48 +224,37 @@ def test_transcription(number, row, column, value):
 # Tables from runs
 
 
-@pytest.mark.parametrize("teacher", [None, "InternVL3_5-8B-HF", "C4-seed0-budget7"])
-@pytest.mark.parametrize(
-    "condition, seed, budget",
-    [("C0", None, None), ("C4", 0, 1), ("C4-shuffled", 12, 200000), ("-Density", 1, 5), ("+LD", 0, 5)],
-)
-def test_the_name_of_a_run_says_what_it_is(condition, seed, budget, teacher):
-    name = run_name(condition, seed, budget, teacher)
-    assert parse_run_name(name) == dict(condition=condition, seed=seed, token_budget=budget, teacher=teacher)
-    assert not any(parse_run_name(other) for other in (f"{name}/student", f"{name} ", f"a/b/{name}"))
-
-
-def made_up(folder, conditions=LADDER, seeds=(0, 1, 2), budgets=(1000, 2000), seed=0):
-    "Runs with made-up numbers: fine-grained scores rise along the ladder."
-    rng = random.Random(seed)
-    for condition in conditions:
-        for s, budget in [(None, None)] if condition == "C0" else [(s, b) for s in seeds for b in budgets]:
-            level = 95 if condition == "C0" else 40 + 5 * int(condition[1]) + 10 * (budget == 2000)
-            measured = {key: level + rng.uniform(-1, 1) for key in BENCHMARKS}
-            write_run(
-                folder / run_name(condition, s, budget) / "evaluate.json",
-                "evaluate",
-                {"condition": condition},
-                {"scores": measured, "n": dict.fromkeys(BENCHMARKS, 100)},
-            )
+def evaluated(folder, ocr, budget=2000, teacher=None, family="qwen3_vl", questions=100, **beside):
+    "evaluate.json of one teacher by condition and seed: OCRBench v2, or all scores; 50 on what is not given."
+    for condition, by_seed in ocr.items():
+        for seed, score in by_seed.items():
+            scores = dict.fromkeys(BENCHMARKS, 50) | (score if isinstance(score, dict) else dict(ocrbench_v2=score))
+            name = run_name(condition, *((None, None) if condition == "C0" else (seed, budget)), teacher)
+            numbers = dict(scores=scores, n=dict.fromkeys(scores, questions)) | beside
+            write_run(folder / name / "evaluate.json", "evaluate", dict(model_type=family), numbers)
     return folder
 
 
 def notebook(root, name, **parameters):
     "The namespace that a notebook of nbs/paper leaves behind, run here with these parameters."
     namespace = {}
-    for cell in nbformat.read(root / "nbs" / "paper" / f"{name}.ipynb", 4).cells:
-        if cell.cell_type == "code":
-            exec(cell.source, namespace)
-            if "parameters" in cell.metadata.get("tags", []):
-                namespace.update(parameters)
+    with chdir(root):
+        for cell in nbformat.read(root / "nbs" / "paper" / f"{name}.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, namespace)
+                if "parameters" in cell.metadata.get("tags", []):
+                    namespace.update(parameters)
     return namespace
 
 
-@pytest.fixture
-def paper(root, monkeypatch):
-    monkeypatch.chdir(root)
-    return lambda name, **parameters: notebook(root, name, **parameters)
+def page(folder, name, ocr={}, **parameters):
+    "A page on `evaluated` runs in a folder: its Markdown, its CSV by (teacher,) row and column, its namespace."
+    evaluated(folder / "runs", ocr)
+    namespace = notebook(ROOT, name, **dict(runs=folder / "runs", out=folder, token_budget=2000) | parameters)
+    with open(folder / "tables" / f"{name}.csv", newline="") as file:
+        key = lambda line: tuple(line[part] for part in ("teacher", "row", "column") if part in line)
+        lines = {key(line): line for line in csv.DictReader(file)}
+    return (folder / "tables" / f"{name}.md").read_text(), lines, namespace
 
 
 def cell(markdown, row, column):
@@ -273,47 +265,54 @@ def cell(markdown, row, column):
     return line.split("|")[header.index(column)].strip()
 
 
-def test_table_1_from_runs(paper, tmp_path):
-    runs = read_runs(made_up(tmp_path / "runs"))
-    paper("table_01", runs=tmp_path / "runs", out=tmp_path, token_budget=2000)
-    text = (tmp_path / "tables" / "table_01.md").read_text()
-    c4 = [
-        run["numbers"]["scores"]["docvqa"] for run in runs if run["condition"] == "C4" and run["token_budget"] == 2000
-    ]
-    assert cell(text, "DocVQA", "C4 HEED") == f"{statistics.mean(c4):.1f} ± {statistics.stdev(c4):.1f}"
-    assert "C4 beats C3 on the fine-grained average" in text
+def test_table_1_from_runs(tmp_path):
+    runs = read_runs(made_up_runs(tmp_path / "runs", budgets=(1000, 2000)))
+    text, lines, _ = page(tmp_path, "table_01")
+    of = lambda c: [r["numbers"]["scores"]["docvqa"] for r in runs if (r["condition"], r["token_budget"]) == (c, 2000)]
+    assert cell(text, "DocVQA", "C4 HEED") == f"{statistics.mean(of('C4')):.1f} ± {statistics.stdev(of('C4')):.1f}"
+    contrasts = text[text.index("| C4 – C3") :]
+    assert re.match(r"\| C4 – C3 \| \*\*\+4\.\d ± 0\.\d\*\* \(n=3\) \| +\*\+4\.7\* \|", contrasts)
     assert "C1-seed{0,1,2}-budget2000" in text and "Missing" not in text
-    with open(tmp_path / "tables" / "table_01.csv", newline="") as file:
-        line = next(row for row in csv.DictReader(file) if (row["row"], row["column"]) == ("docvqa", "C4"))
+    line = lines["docvqa", "C4"]
     assert (line["paper"], line["n"], line["runs"].split()[0]) == ("92.9", "3", "C4-seed0-budget2000")
+    assert lines["average", "C4-C3"]["verdict"] == "beats" and "loglik" not in line
 
 
-def test_table_1_says_what_is_missing(paper, tmp_path):
-    made_up(tmp_path / "runs", conditions=("C0", "C3", "C4"), seeds=(0,), budgets=(1000,))
-    paper("table_01", runs=tmp_path / "runs", out=tmp_path, token_budget=1000, seeds=[0])
-    text = (tmp_path / "tables" / "table_01.md").read_text()
-    assert "**Missing**: C1-seed0-budget1000, C2-seed0-budget1000." in text
-    assert "one seed" in text and cell(text, "DocVQA", "C1 KD") == ""
-    assert "C4 against C1 on the 10-benchmark average: no seed has both." in text
+def test_table_1_says_what_is_missing(tmp_path):
+    made_up_runs(tmp_path / "runs", conditions=("C0", "C3", "C4"), seeds=(0,), budgets=(2000,))
+    text, lines, _ = page(tmp_path, "table_01", seeds=[0])
+    assert "**Missing**: C1-seed0-budget2000, C2-seed0-budget2000." in text
+    assert cell(text, "DocVQA", "C1 KD") == "" and "| C4 – C1" not in text
+    assert lines["average", "C4-C1"]["verdict"] == "not run"
+    assert re.fullmatch(r"\+\d\.\d \(n=1\)", re.search(r"C4 – C3 \| +(.*?) \|", text)[1])
 
 
 @pytest.mark.parametrize("conditions", [("C0",), ("C3", "C4")])
-def test_table_1_of_a_part(paper, tmp_path, conditions):
-    made_up(tmp_path / "runs", conditions=conditions, budgets=(1000,))
+def test_table_1_of_a_part(tmp_path, conditions):
+    made_up_runs(tmp_path / "runs", conditions=conditions, budgets=(2000,))
     path = next((tmp_path / "runs").glob(f"{conditions[0]}*/evaluate.json"))
     run = json.loads(path.read_text())
     del run["numbers"]["scores"]["docvqa"]
     write_file(path, json.dumps(run))
-    paper("table_01", runs=tmp_path / "runs", out=tmp_path, token_budget=1000)
-    text = (tmp_path / "tables" / "table_01.md").read_text()
-    assert ("C4 beats C3" in text) == (conditions != ("C0",))
-    assert cell(text, "Δ vs. teacher", "C4 HEED") == ""
+    text, _, _ = page(tmp_path, "table_01")
+    assert ("| C4 – C3 |" in text) == (conditions != ("C0",)) and cell(text, "Δ vs. teacher", "C4 HEED") == ""
+    assert ("None: no seed has both of a pair." in text) == (conditions == ("C0",))
     if conditions == ("C0",):
         assert cell(text, "Fine-grained Avg. (6)", "C0 Teacher") == ""
 
 
+def test_measures_beside_the_scores_are_columns(tmp_path):
+    for condition, loglik in (("C3", -0.5), ("C4", -0.25)):
+        evaluated(tmp_path / "runs", {condition: {0: 60, 1: 61}}, loglik=dict.fromkeys(BENCHMARKS, loglik))
+    evaluated(tmp_path / "runs", {"C1": {0: 50}})
+    _, lines, _ = page(tmp_path, "table_01", seeds=[0, 1])
+    of = lambda row, column: lines[row, column]["loglik"]
+    assert (of("docvqa", "C3"), of("average", "C4"), of("average", "C4-C3")) == ("-0.5", "-0.25", "0.25")
+    assert of("average", "C1") == "" and "kl" not in lines["average", "C4"]
+
+
 @pytest.mark.parametrize(
-    "page, given",
+    "name, given",
     [
         ("table_01", dict(conditions=["C4"])),
         ("figure_01", dict(token_budget=5)),
@@ -325,21 +324,31 @@ def test_table_1_of_a_part(paper, tmp_path, conditions):
         ("figure_03", dict(conditions=["C4"])),
     ],
 )
-def test_a_part_of_a_page_has_a_folder_of_its_own(paper, root, page, given):
-    ((name, value),) = given.items()
-    another = f"{name} {value!r} makes another {page} than scale smoke's: give its folder as `out`"
+def test_a_part_of_a_page_has_a_folder_of_its_own(name, given):
+    ((key, value),) = given.items()
+    another = f"{key} {value!r} makes another {name} than scale smoke's: give its folder as `out`"
     with pytest.raises(ValueError, match=f"^{re.escape(another)}$"):
-        paper(page, scale="smoke", **given)
-    assert not (root / "outputs/smoke/tables").exists()
+        notebook(ROOT, name, scale="smoke", **given)
+    assert not (ROOT / "outputs/smoke/tables").exists()
 
 
-def test_table_1_of_nothing_fails_and_leaves_the_earlier(paper, tmp_path):
-    write_file(tmp_path / "tables" / "table_01.md", "earlier")
+@pytest.mark.parametrize(
+    "name, earlier",
+    [
+        *((name, False) for name in ("table_03_runs", "table_05", "table_06", "table_08", "table_09", "figure_a8")),
+        ("table_01", True),
+        ("figure_01", False),
+    ],
+)
+def test_a_page_of_nothing_fails_in_one_line_and_leaves_the_earlier(tmp_path, name, earlier):
+    path = tmp_path / "tables" / f"{name}.md"
+    if earlier:
+        write_file(path, "earlier")
     with pytest.raises(
-        ValueError, match=r"^no run of C0, C1, C2, C3, C4 at 200000 tokens in .*runs; run `make all SCALE=toy` first$"
+        ValueError, match=r"^no run of C0, \w.* at 200000 tokens in .*; run `make all SCALE=toy` first$"
     ):
-        paper("table_01", out=tmp_path, runs=tmp_path / "runs")
-    assert (tmp_path / "tables" / "table_01.md").read_text() == "earlier"
+        notebook(ROOT, name, out=tmp_path, runs=tmp_path / "runs")
+    assert [p.read_text() for p in tmp_path.rglob("*.*")] == ["earlier"] * earlier
 
 
 @pytest.mark.parametrize(
@@ -354,141 +363,93 @@ def test_table_1_of_nothing_fails_and_leaves_the_earlier(paper, tmp_path):
         (dict(runs=""), "runs is ''; it takes a text that is not empty"),
     ],
 )
-def test_table_1_refuses(paper, tmp_path, parameters, message):
-    made_up(tmp_path / "runs", conditions=("C0",))
+def test_table_1_refuses(tmp_path, parameters, message):
+    made_up_runs(tmp_path / "runs", conditions=("C0",))
     with pytest.raises(ValueError, match=re.escape(message)):
-        paper("table_01", **dict(runs=tmp_path / "runs", out=tmp_path) | parameters)
+        page(tmp_path, "table_01", **parameters)
     assert not (tmp_path / "tables").exists()
 
 
-def runs_with(folder, ocr, teacher=None, family="qwen3_vl", budget=2000):
-    "Runs of one teacher: OCRBench v2 by condition and seed, 50 on everything else."
-    for (condition, seed), score in ocr.items():
-        write_run(
-            folder / run_name(condition, seed, seed if seed is None else budget, teacher) / "evaluate.json",
-            "evaluate",
-            {"model_type": family},
-            {"scores": dict.fromkeys(BENCHMARKS, 50) | {"ocrbench_v2": score}, "n": dict.fromkeys(BENCHMARKS, 100)},
-        )
-
-
-def test_table_5_by_hand(paper, tmp_path):
-    runs_with(
-        tmp_path / "runs", {("C0", None): 90, ("C4", 0): 60, ("C4", 1): 70, ("C6", 0): 66, ("C6", 1): 71, ("C3", 0): 1}
-    )
-    page = lambda **given: [
-        paper("table_05", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, **given),
-        (tmp_path / "tables/table_05.md").read_text(),
-    ][1]
-    text = page(seeds=[0, 1], conditions=["C0", "C4", "C6"])
+def test_table_5_by_hand(tmp_path):
+    ocr = {"C0": {None: 90}, "C3": {0: 1}}
+    evaluated(tmp_path / "runs", ocr | {"C4": {0: 60, 1: 70}, "C6": {0: 66, 1: 71}})
+    for c, gain in (("C4", 0), ("C6", 5)):
+        evaluated(tmp_path / "runs", {c: {s: 40 + gain + s * s for s in (0, 1)}}, budget=1000)
+    given = dict(side_budgets=[1000], conditions=["C0", "C4", "C6"])
+    text, lines, _ = page(tmp_path, "table_05", seeds=[0, 1], **given)
     assert cell(text, "OCRBench v2", "C6 HEED-GDN") == "68.5 ± 3.5"
-    assert cell(text, "OCRBench v2", "C5 HEED-G") == "" and "*59.8*" in text and "Not run: C5." in text
-    said = "C6 does not clearly beat C4 on OCRBench v2: +3.50 ± 2.50 points (mean ± SE, 2 seeds; ahead in 2 of 2). "
-    assert said + "The paper has +0.70." in text and "Missing" not in text and "C3" not in text
-    assert "**Missing**: C6-seed2-budget2000." in page(seeds=[0, 2], conditions=["C0", "C6"])
+    assert cell(text, "OCRBench v2", "C5 HEED-G") == "" and "*59.8*" in text
+    assert re.search(r"C6 – C4 \| +\+3\.5 ± 2\.5 \(n=2\) \| +\*\+0\.7\*", text)
+    assert lines["ocrbench_v2", "C6-C4"]["verdict"] == "no clear difference"
+    assert "Missing" not in text and "C3" not in text
+    curve = text.partition("## Over token budgets")[2]
+    assert [cell(curve, "C6", budget) for budget in ("1,000", "2,000")] == ["45.5 ± 0.7", "68.5 ± 3.5"]
+    assert cell(curve, "C6 – C4", "1,000") == "**+5.0 ± 0.0** (n=2)"
+    assert (tmp_path / "figures/table_05.png").read_bytes().startswith(b"\x89PNG")
+    assert "C6-seed2-budget2000" in page(tmp_path, "table_05", seeds=[0, 2], **given)[0].partition("**Missing**")[2]
 
 
-def test_the_curves_of_tables_5_and_6(paper, tmp_path):
-    "C6 against C4 over two budgets; C4 against C3 on the teacher that has students."
-    runs = tmp_path / "runs"
-    for budget, gain in ((1000, 0), (2000, 10)):
-        runs_with(
-            runs,
-            {("C0", None): 90, **{(c, s): 40 + gain * (c == "C6") + s * s for c in ("C4", "C6") for s in (0, 1)}},
-            budget=budget,
-        )
-    runs_with(runs, {("C0", None): 80, ("C3", 0): 30, ("C4", 0): 45}, "toy-glm4v", "glm4v", budget=1000)
-    given = dict(runs=runs, out=tmp_path, token_budget=2000, side_budgets=[1000])
-    paper("table_05", **given, seeds=[0, 1], conditions=["C0", "C4", "C6"])
-    text = (tmp_path / "tables" / "table_05.md").read_text()
-    table, curve = text.split("## Over token budgets")
-    assert cell(table, "OCRBench v2", "C6 HEED-GDN") == "50.5 ± 0.7" and "Missing" not in text
-    assert [cell(curve, "C6", budget) for budget in ("1,000", "2,000")] == ["40.5 ± 0.7", "50.5 ± 0.7"]
-    assert cell(curve, "C4", "2,000") == "40.5 ± 0.7"
-    assert "C6 against C4: On OCRBench v2, C6 beats C4 at 2,000; no clear difference at 1,000 tokens." in text
-    paper("table_06", **given, seeds=[0], conditions=["C0", "C3", "C4"])
-    text, _, missing = (tmp_path / "tables" / "table_06.md").read_text().partition("**Missing**")
-    said = "toy-glm4v: Only one token budget was run. On OCRBench v2, C4 is ahead of C3 with one seed at 1,000 tokens."
-    assert said in text + missing
-    assert "toy-glm4v/C3-seed0-budget2000" in missing and "toy-glm4v/C3-seed0-budget1000" not in missing
-    for name in ("table_05", "table_06"):
-        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_table_6_by_hand(paper, tmp_path):
+def test_table_6_by_hand(tmp_path):
     "Three teachers, the third without a run; of the paper's, one has no teacher here."
-    runs = tmp_path / "runs"
-    runs_with(runs, {("C0", None): 90, **{(c, s): 40 + 10 * int(c[1]) + s * s for c in LADDER[1:] for s in (0, 1, 2)}})
-    runs_with(
-        runs, {("C0", None): 80, ("C1", 0): 30, ("C3", 0): 41, ("C3", 1): 99, ("C4", 0): 39}, "toy-glm4v", "glm4v"
-    )
-    paper("table_06", runs=runs, out=tmp_path, token_budget=2000)
-    with open(tmp_path / "tables" / "table_06.csv", newline="") as file:
-        rows = {(row["teacher"], row["family"], row["column"]): row for row in csv.DictReader(file)}
-    text = (tmp_path / "tables" / "table_06.md").read_text()
-    given = lambda *key: [float(rows[key][name] or "nan") for name in ("mean", "sd", "se", "n", "paper")]
-    nan, spread = float("nan"), statistics.stdev([0, 1, 4])
-    for key, expected in {
-        ("toy-qwen3vl", "qwen3_vl", "C4"): [80 + 5 / 3, spread, nan, 3, 59.2],
-        ("toy-qwen3vl", "qwen3_vl", "C4-C3"): [10, nan, 0, 3, 4.7],
-        ("toy-glm4v", "glm4v", "C3"): [41, nan, nan, 1, 55.0],
-        ("toy-glm4v", "glm4v", "C4-C3"): [-2, nan, nan, 1, 3.7],
-        ("toy-glm4v", "glm4v", "C2"): [nan, nan, nan, 0, 54.3],
-        ("", "minicpmv", "C0"): [nan, nan, nan, 0, 58.8],
-    }.items():
-        assert given(*key) == pytest.approx(expected, abs=1e-4, nan_ok=True), key
-    assert cell(text, "toy-qwen3vl", "C4 HEED") == f"{80 + 5 / 3:.1f} ± {spread:.1f}"
-    assert cell(text, "toy-glm4v", "C4 – C3") == "-2.0 (n=1)"
+    runs, squares = tmp_path / "runs", statistics.stdev([0, 1, 4])
+    evaluated(runs, {"C0": {None: 90}} | {c: {s: 40 + 10 * int(c[1]) + s * s for s in (0, 1, 2)} for c in LADDER[1:]})
+    glm = {"C0": {None: 80}, "C1": {0: 30}, "C3": {0: 41, 1: 99}, "C4": {0: 39}}
+    evaluated(runs, glm, teacher="toy-glm4v", family="glm4v")
+    evaluated(runs, {"C3": {0: 30}, "C4": {0: 45}}, 1000, "toy-glm4v", "glm4v")
+    text, lines, _ = page(tmp_path, "table_06", side_budgets=[1000])
+    given = lambda *key: [float(lines[key][name] or "nan") for name in ("mean", "sd", "se", "n", "paper")]
+    nan = float("nan")
+    for teacher, column, expected in (
+        ("toy-qwen3vl", "C4", [80 + 5 / 3, squares, nan, 3, 59.2]),
+        ("toy-qwen3vl", "C4-C3", [10, nan, 0, 3, 4.7]),
+        ("toy-glm4v", "C3", [41, nan, nan, 1, 55.0]),
+        ("toy-glm4v", "C4-C3", [-2, nan, nan, 1, 3.7]),
+        ("toy-glm4v", "C2", [nan, nan, nan, 0, 54.3]),
+    ):
+        assert given(teacher, "ocrbench_v2", column) == pytest.approx(expected, abs=1e-4, nan_ok=True), column
+    assert cell(text, "toy-qwen3vl", "C4 HEED") == f"{80 + 5 / 3:.1f} ± {squares:.1f}"
+    assert [cell(text, of, "C4 – C3") for of in ("toy-qwen3vl", "toy-glm4v")] == ["**+10.0 ± 0.0** (n=3)", "-2.0 (n=1)"]
+    not_run = next(line for line in text.splitlines() if "MiniCPM-V 4.5" in line)
+    assert not_run.split("|")[1].strip() == "not run" and "*58.8*" in not_run
+    assert cell(text.partition("toy-glm4v:")[2], "C4 – C3", "1,000") == "**+15.0** (n=1)"
     missing = text.partition("**Missing**")[2]
     assert "toy-glm4v/C2-seed0-budget2000" in missing and "toy-internvl/C0" in missing
-    assert "toy-internvl: C4 against C3 on OCRBench v2: no seed has both." in text
-    assert "toy-glm4v: C4 is level with C3 on OCRBench v2: -2.00 points (one seed" in text
-    assert "The paper has +3.7 on GLM-4.6V-Flash (9B)." in text
-    assert "positive on 1 of 2 teachers; C4 beats C3, or is ahead of it with one seed, on 1." in text
-    assert next(line for line in text.splitlines() if "MiniCPM-V 4.5" in line).split("|")[1].strip() == "not run"
+    assert "toy-glm4v/C3-seed0-budget1000" not in missing
+    assert (tmp_path / "figures/table_06.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_6_of_an_unknown_teacher(tmp_path):
+    message = "^unknown teacher 'toy-glm' of scale toy; one of outputs/teachers/toy-qwen3vl, "
+    with pytest.raises(ValueError, match=message):
+        page(tmp_path, "table_06", teachers=["toy-glm"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_scales_seeds_are_those_of_a_condition(tmp_path):
-    runs_with(tmp_path, {("C0", None): 90, **{(c, s): 50 for c in ("C1", "C4") for s in (0, 1)}})
+    evaluated(tmp_path, {"C0": {None: 90}, "C1": {0: 50, 1: 50}, "C4": {0: 50, 1: 50}})
     scale = Scale("made", "t", 2000, teachers={"t": {}}, seeds=(0,), more_seeds={"C4": (1, 2)})
-    page = OpenPage(PAGES["table_01"], Batch(scale), ["C0", "C1", "C4"], tmp_path, tmp_path)
-    found, missing = page.read()
+    found, missing = OpenPage(PAGES["table_01"], Batch(scale), ["C0", "C1", "C4"], tmp_path, tmp_path).read()
     names = ["C0", "C1-seed0-budget2000", "C4-seed0-budget2000", "C4-seed1-budget2000"]
     assert [run["name"] for run in found] == names and missing == ["C4-seed2-budget2000"]
 
 
-def test_table_6_of_an_unknown_teacher_or_of_nothing(paper, tmp_path):
-    with pytest.raises(
-        ValueError, match="^unknown teacher 'toy-glm' of scale toy; one of outputs/teachers/toy-qwen3vl, "
-    ):
-        paper("table_06", runs=tmp_path, out=tmp_path, teachers=["toy-glm"])
-    for name in ("table_05", "table_06"):
-        with pytest.raises(ValueError, match="^no run of C0, .* run `make all SCALE=toy` first$"):
-            paper(name, runs=tmp_path, out=tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "budgets, says",
-    [((1000, 2000), "C4 beats C3 at 1,000, 2,000 tokens."), ((1000,), "Only one token budget was run.")],
-)
-def test_curve_and_figure(paper, tmp_path, budgets, says):
-    made_up(tmp_path / "runs", budgets=budgets)
-    of_budgets = dict(budgets=list(budgets), seeds=[0, 1, 2])
-    for name, given in (("table_01_budgets", of_budgets), ("figure_01", dict(token_budget=1000))):
-        namespace = paper(name, runs=tmp_path / "runs", out=tmp_path, **given)
+@pytest.mark.parametrize("budgets", [(1000, 2000), (1000,)])
+def test_curve_and_figure(tmp_path, budgets):
+    made_up_runs(tmp_path / "runs", budgets=budgets)
+    given = dict(runs=tmp_path / "runs", out=tmp_path)
+    curve = notebook(ROOT, "table_01_budgets", **given, budgets=list(budgets), seeds=[0, 1, 2])
+    bars = notebook(ROOT, "figure_01", **given, token_budget=1000)
+    for name in ("table_01_budgets", "figure_01"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert says in (tmp_path / "tables" / "table_01_budgets.md").read_text()
-    lost = "a loss of 13.3 points on OCRBench v2 for C1, of which C4 recovers 4.7 over C3"
-    assert lost in (tmp_path / "tables" / "figure_01.md").read_text()
-    curve = namespace.get("measured", namespace.get("found"))
-    curve = curve if "measured" in namespace else scores(curve).query("row == 'average'")
-    for figure in (ladder_figure(namespace["cells"]), budget_figure({"a": curve})):
+    text = (tmp_path / "tables" / "table_01_budgets.md").read_text()
+    assert all(cell(text, "C4 – C3", f"{budget:,}").startswith("**+") for budget in budgets)
+    measured = curve["measured"]
+    for figure in (ladder_figure(bars["cells"]), budget_figure({"a": measured[measured.row == "average"]})):
         assert figure.axes[0].get_ylim()[1] > 102  # a spread at 100 is not cut
 
 
-def test_no_page_needs_tabulate(root):
-    assert not [path.name for path in (root / "nbs/paper").glob("*.ipynb") if "to_markdown" in path.read_text()]
+def test_no_page_needs_tabulate():
+    assert not [path.name for path in (ROOT / "nbs/paper").glob("*.ipynb") if "to_markdown" in path.read_text()]
 
 
 @pytest.mark.parametrize(
@@ -501,8 +462,8 @@ def test_no_page_needs_tabulate(root):
         ("consistency", "GLM-4.6V-Flash"),
     ],
 )
-def test_tables_that_need_no_run(paper, tmp_path, name, holds):
-    paper(name, scale="smoke", out=tmp_path)
+def test_tables_that_need_no_run(tmp_path, name, holds):
+    notebook(ROOT, name, scale="smoke", out=tmp_path)
     assert holds in (tmp_path / "tables" / f"{name}.md").read_text()
     assert {p.name for p in (tmp_path / "tables").iterdir()} == {f"{name}.md", f"{name}.csv"}
 
@@ -511,37 +472,40 @@ def test_tables_that_need_no_run(paper, tmp_path, name, holds):
 
 
 def test_publish_copies_records_and_no_weights(tmp_path):
-    made_up(tmp_path / "toy" / "runs", seeds=(0,), budgets=(1000,))
-    write_file(tmp_path / "toy" / "tables" / "table_01.md", "table")
-    runs_with(tmp_path / "toy" / "runs", {("C0", None): 80}, "toy-glm4v", "glm4v")
-    student = tmp_path / "toy" / "runs" / run_name("C4", 0, 1000)
-    for name in ("student/model.safetensors", "answers.jsonl", "evaluate.ipynb"):
-        for condition in ("C2", "C3", "C4"):
-            write_file(student.with_name(run_name(condition, 0, 1000)) / name, "large")
-    write_run(
-        tmp_path / "toy" / "runs" / run_name("mask-10", 0, 1000) / "distill.json", "distill", {}, {}
-    )  # not evaluated: no table reads it
-    write_run(student / "distill.json", "distill", {}, {})
+    made_up_runs(tmp_path / "toy/runs", seeds=(0,), budgets=(1000,))
+    write_file(tmp_path / "toy/tables/table_01.md", "table")
+    evaluated(tmp_path / "toy/runs", {"C0": {None: 80}}, teacher="toy-glm4v", family="glm4v")
+    of = lambda condition: tmp_path / "toy/runs" / run_name(condition, 0, 1000)
+    for condition in ("C2", "C3", "C4"):
+        for name in ("student/model.safetensors", "answers.jsonl", "evaluate.ipynb"):
+            write_file(of(condition) / name, "large")
+    write_run(of("mask-10") / "distill.json", "distill", {}, {})  # not evaluated: no table reads it
+    write_run(of("C4") / "distill.json", "distill", {}, {})
+    write_run(of("C3-forced") / "diagnose.json", "diagnose", {}, {})
     target = publish("toy", tmp_path)
     names = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    answers = {
-        f"runs/{run_name(c, 0, 1000)}/answers.jsonl" for c in ("C3", "C4")
-    }  # which Figure 6 and the claim on failures read
-    assert names == {
-        "manifest.json",
-        "tables/table_01.md",
-        f"runs/{student.name}/distill.json",
-        *answers,
-        *(f"runs/{name}/evaluate.json" for name in ["C0", "toy-glm4v/C0", *(run_name(c, 0, 1000) for c in LADDER[1:])]),
-    }
+    assert (
+        names
+        == {
+            "manifest.json",
+            "tables/table_01.md",
+            "runs/C4-seed0-budget1000/distill.json",
+            "runs/C3-forced-seed0-budget1000/diagnose.json",
+            *(
+                f"runs/{c}-seed0-budget1000/answers.jsonl" for c in ("C3", "C4")
+            ),  # of Figure 6 and the claim on failures
+            *(f"runs/{name}/evaluate.json" for name in ("C0", "toy-glm4v/C0")),
+            *(f"runs/{c}-seed0-budget1000/evaluate.json" for c in LADDER[1:]),
+        }
+    )
     manifest = json.loads((target / "manifest.json").read_text())
-    assert sum(map(len, manifest["commits"].values())) == 7 and manifest["files"].keys() == names - {"manifest.json"}
+    assert sum(map(len, manifest["commits"].values())) == 8 and manifest["files"].keys() == names - {"manifest.json"}
 
 
 def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
-    write_file(tmp_path / "toy" / "tables" / "table_01.md", "first")
+    write_file(tmp_path / "toy/tables/table_01.md", "first")
     target = publish("toy", tmp_path)
-    write_file(tmp_path / "toy" / "tables" / "table_01.md", "second")
+    write_file(tmp_path / "toy/tables/table_01.md", "second")
     rename = type(target).rename
 
     def interrupted(path, to):
@@ -552,32 +516,27 @@ def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(type(target), "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         publish("toy", tmp_path)
-    assert (target / "tables" / "table_01.md").read_text() == "first"
+    assert (target / "tables/table_01.md").read_text() == "first"
     assert [p.name for p in target.parent.iterdir()] == ["toy"]
     monkeypatch.undo()
-    assert (publish("toy", tmp_path) / "tables" / "table_01.md").read_text() == "second"
+    assert (publish("toy", tmp_path) / "tables/table_01.md").read_text() == "second"
 
 
 @pytest.mark.parametrize("scale", ["", ".", "..", "published/toy", "toy/../teachers", "/toy"])
 def test_what_is_no_scale_is_not_published(tmp_path, scale):
-    write_file(tmp_path / "published" / "toy" / "tables" / "table_01.md", "earlier")
+    write_file(tmp_path / "published/toy/tables/table_01.md", "earlier")
     with pytest.raises(ValueError, match="is no name of a scale$|^nothing to publish in "):
         publish(scale, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"published"} and {
-        path.name for path in (tmp_path / "published").iterdir()
-    } == {"toy"}
+    assert [p.name for p in tmp_path.glob("*")] == ["published"]
+    assert [p.name for p in (tmp_path / "published").iterdir()] == ["toy"]
 
 
 def test_publish_tells_of_mixed_code(tmp_path, capsys):
-    made_up(tmp_path / "toy" / "runs", conditions=("C0",))
-    path = (
-        made_up(tmp_path / "toy" / "runs", conditions=("C1",), seeds=(0,), budgets=(1000,))
-        / run_name("C1", 0, 1000)
-        / "evaluate.json"
-    )
+    made_up_runs(tmp_path / "toy/runs", ("C0", "C1"), seeds=(0,), budgets=(1000,))
+    path = tmp_path / "toy/runs/C1-seed0-budget1000/evaluate.json"
     run = json.loads(path.read_text())
     run["provenance"]["git"] = {"commit": "f" * 40, "dirty": True}
     write_file(path, json.dumps(run))
-    target = publish("toy", tmp_path)
-    assert f"f{'f' * 39}+" in json.loads((target / "manifest.json").read_text())["commits"]
+    commits = json.loads((publish("toy", tmp_path) / "manifest.json").read_text())["commits"]
+    assert "f" * 40 + "+" in commits
     assert "the runs are of 2 different states of the code" in capsys.readouterr().err
