@@ -129,7 +129,8 @@ def test_the_makefile_installs_the_lmms_eval_that_is_evaluated_with():
     assert f'"lmms-eval=={metadata.version("lmms-eval")}"' in said
 
 
-APPENDIX = ("parameters", "files", "samples", "weight_cache", "minicpm")  # 9x: below all shelves, in this order
+# 9x: below all shelves, in this order
+APPENDIX = ("parameters", "files", "downloads", "archives", "samples", "weight_cache", "minicpm")
 
 
 @cache
