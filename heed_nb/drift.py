@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .losses import answer_risk, predicts_answer, record_outputs
 from .parameters import TEXT_BOOST
-from .samples import on_device
+from .samples import Batch
 from .teachers import LanguageInputs, family_of
 from .streams import attention_inputs, attention_matrix, replaced_indices, teacher_sensitivity
 
@@ -79,14 +79,11 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
         raise ValueError(f"the teacher has no attention in layers {replaced}; its attention is measured at every layer")
 
 # %% ../nbs/52_drift.ipynb #c015
-def residuals(
-    model: nn.Module,
-    batch: dict,  # of `collate`
-) -> list[Tensor]:  # one [B, T, D] a layer
+def residuals(model: nn.Module, batch: Batch) -> list[Tensor]:  # one [B, T, D] a layer
     "The residual stream after every decoder layer."
     family = family_of(model)
     with record_outputs(family.layers(model)) as outputs:
-        family.decoder(model)(**family.language_inputs(model, on_device(batch, model.device)).kwargs)
+        family.decoder(model)(**family.language_inputs(model, batch.to(model.device).model_inputs).kwargs)
     return outputs
 
 
@@ -102,11 +99,11 @@ def text_density(
 # %% ../nbs/52_drift.ipynb #c016
 def measured_inputs(
     teacher: nn.Module,
-    batch: dict,  # of `collate`, on the teacher's device
+    batch: Batch,  # on the teacher's device
 ) -> LanguageInputs:
     "The teacher's inputs. Raises ValueError naming a sample without visual or without answer tokens."
-    inputs = family_of(teacher).language_inputs(teacher, batch)
-    for key, visual, asking in zip(batch["keys"], inputs.visual_mask, predicts_answer(batch["labels"])):
+    inputs = family_of(teacher).language_inputs(teacher, batch.model_inputs)
+    for key, visual, asking in zip(batch.keys, inputs.visual_mask, predicts_answer(batch.labels)):
         if not visual.any():
             raise ValueError(f"sample {key!r} has no visual tokens, so no density")
         if not asking.any():
@@ -115,21 +112,21 @@ def measured_inputs(
 
 
 def layer_attention(
-    teacher: nn.Module, inputs: LanguageInputs, batch: dict
+    teacher: nn.Module, inputs: LanguageInputs, batch: Batch
 ) -> list[tuple[Tensor, Tensor]]:  # of `attention_measures`, one a layer
     "Both attention measures at every layer. One layer's [B, H, T, T] matrix is held at a time."
     family, mask = family_of(teacher), batch["attention_mask"].bool()
     layers = list(family.layers(teacher))
     given = attention_inputs(family.decoder(teacher), inputs, layers)
     matrices = (attention_matrix(layer.self_attn, given.pop(0), mask) for layer in layers)
-    return [attention_measures(matrix, mask, batch["labels"]) for matrix in matrices]
+    return [attention_measures(matrix, mask, batch.labels) for matrix in matrices]
 
 # %% ../nbs/52_drift.ipynb #c017
 @torch.no_grad()
 def token_measures(
     teacher: nn.Module,
     student: nn.Module,
-    batch: dict,  # of `collate`
+    batch: Batch,
     *,
     text_boost: float = TEXT_BOOST,  # beta
     reduce: str = "features",  # as for `Family.token_density`
@@ -138,19 +135,19 @@ def token_measures(
 
     Raises ValueError on models that cannot be compared and on a sample without visual or without answer tokens."""
     check_pair(teacher, student)
-    family, batch = family_of(teacher), on_device(batch, teacher.device)
+    family, batch = family_of(teacher), batch.to(teacher.device)
     inputs = measured_inputs(teacher, batch)
     density = text_density(family.density(inputs, reduce=reduce), inputs.visual_mask, text_boost)
     pairs = [(t.float(), s.float().to(t.device)) for t, s in zip(residuals(teacher, batch), residuals(student, batch))]
     drift = [(s - t).norm(dim=-1) for t, s in pairs]  # [B, T] each
     relative = [d / t.norm(dim=-1) for d, (t, _) in zip(drift, pairs)]
     received, concentration = zip(*layer_attention(teacher, inputs, batch))
-    sensitivity = teacher_sensitivity(teacher, inputs, batch["labels"], range(len(drift)))
+    sensitivity = teacher_sensitivity(teacher, inputs, batch.labels, range(len(drift)))
     by_layer = [torch.stack(list(m), 1).cpu().numpy() for m in (drift, relative, received, concentration, sensitivity)]
     density, visual, there = (t.cpu().numpy() for t in (density, inputs.visual_mask, batch["attention_mask"].bool()))
     return [
         Tokens(key, density[i, there[i]], visual[i, there[i]], *(values[i][:, there[i]] for values in by_layer))
-        for i, key in enumerate(batch["keys"])
+        for i, key in enumerate(batch.keys)
     ]
 
 # %% ../nbs/52_drift.ipynb #c024
@@ -257,17 +254,17 @@ def ablated(
 @torch.no_grad()
 def answer_importance(
     teacher: nn.Module,
-    batch: dict,  # of `collate`
+    batch: Batch,
     groups: Callable[[Tensor], Iterable[Tensor]],  # visual mask -> groups of positions, [B, T] bool each
     *,
     ablate: int | None = None,  # the layer after which residuals are ablated; None: hidden from attention
 ) -> np.ndarray:  # [B, groups]
     "The drop in the answer score when each group is hidden. Raises ValueError on a layer that does not exist."
-    family, batch = family_of(teacher), on_device(batch, teacher.device)
+    family, batch = family_of(teacher), batch.to(teacher.device)
     layers = family.layers(teacher)
     if ablate is not None and not 0 <= ablate < len(layers):
         raise ValueError(f"ablate is {ablate}; a layer from 0 to {len(layers) - 1}")
-    inputs, labels = family.language_inputs(teacher, batch), batch["labels"]
+    inputs, labels = family.language_inputs(teacher, batch.model_inputs), batch.labels
     whole, drops = answer_score(teacher, inputs, labels), []
     for where in groups(inputs.visual_mask):
         where = where.to(labels.device)

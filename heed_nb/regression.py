@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from .data import Sample, collate
+from .data import Batch, Sample, collate
 from heed_nb.drift import (
     COLUMNS,
     Tokens,
@@ -299,7 +299,7 @@ def can_be_ranked(tokens: Tokens) -> bool:
 
 def importance_one_by_one(
     teacher: nn.Module,
-    batch: dict,
+    batch: Batch,
     measured: Sequence[Tokens],  # the batch's
 ) -> list[np.ndarray]:  # [10] each
     "Each image's importance by density decile, its tokens hidden one at a time."
@@ -349,7 +349,7 @@ def rankable_batch(
     student: nn.Module,
     processor,
     **options,  # of `token_measures`
-) -> tuple[dict, list[Tokens], int]:  # the batch, its measures, how many images were left out
+) -> tuple[Batch, list[Tokens], int]:  # the batch, its measures, how many images were left out
     "The samples whose visual tokens can be ranked by density."
     batch = collate(samples, processor)
     measured = token_measures(teacher, student, batch, **options)
@@ -362,7 +362,7 @@ def rankable_batch(
 def add_batch(
     findings: Findings,
     teacher: nn.Module,
-    batch: dict,
+    batch: Batch,
     measured: list[Tokens],  # the batch's
     ablate: int | None,
     one_by_one_images: int,

@@ -247,7 +247,7 @@ def test_an_image_thinner_than_a_merge_block_is_scaled_up(family):
         )
         assert torch.equal(batch["pixel_values"], stock["pixel_values"])
         interface = family_of(teacher)
-        assert interface.density(interface.language_inputs(teacher, batch)).isfinite().all()
+        assert interface.density(interface.language_inputs(teacher, batch.model_inputs)).isfinite().all()
 
 
 PARTS = "{% for c in m.content %}{{ 'SEE' if c.type == 'image' else c.text }}{% endfor %}"
@@ -445,11 +445,7 @@ def test_a_sample_without_a_label_is_named_and_refused_or_skipped_by_distill(rea
         processor = tiny.processor(family)
         with pytest.warns(UserWarning, match=f"^sample 'bad': .*{reason}"):
             batch = collate([good, given, good], processor, max_length=90)
-        assert list(batch["unlabelled"]) == [1] and learned(batch, processor) == [
-            ["42<|im_end|>"],
-            [],
-            ["42<|im_end|>"],
-        ]
+        assert list(batch.unlabelled) == [1] and learned(batch, processor) == [["42<|im_end|>"], [], ["42<|im_end|>"]]
     teacher, settings = tiny.teacher("minicpmv"), TrainSettings(token_budget=100, batch_size=2)
     begin = partial(
         distill,
@@ -544,7 +540,7 @@ def test_rows_are_read_as_they_are(kind):
     for family in FAMILIES:
         processor = tiny.processor(family)
         batch = collate([row, Sample("good", [PAGE], [("total?", "42")])], processor)
-        assert learned(batch, processor)[0] == ["42<|im_end|>"] and batch["keys"] == ["0", "good"]
+        assert learned(batch, processor)[0] == ["42<|im_end|>"] and batch.keys == ["0", "good"]
         page = processor.decode(collate([Sample("", [PAGE], [("", "42")])], processor)["input_ids"][0]).split(":")[0]
         if family != "minicpmv":
             assert "".join(page if part == "image" else part for part in expected) in processor.decode(

@@ -1,6 +1,7 @@
 "The diagnosis against whole models run by hand, rows fitted by other libraries, and what can't be diagnosed."
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -59,10 +60,6 @@ def measured(family="qwen3_vl"):
     return batch, token_measures(teacher, student, batch)
 
 
-def model_inputs(batch):
-    return {name: value for name, value in batch.items() if name not in ("labels", "keys")}
-
-
 # Tokens
 
 
@@ -76,10 +73,10 @@ def test_measures_are_those_of_the_whole_models(family):
             layer.register_forward_hook(lambda m, a, out, key=(name, i): residuals.__setitem__(key, out))
             for i, layer in enumerate(family_of(model).layers(model))
         ]
-        model(**model_inputs(batch))
+        model(**batch.model_inputs)
         for handle in handles:
             handle.remove()
-    density = family_of(teacher).density(family_of(teacher).language_inputs(teacher, batch))
+    density = family_of(teacher).density(family_of(teacher).language_inputs(teacher, batch.model_inputs))
     for i, tokens in enumerate(measures):
         there = batch["attention_mask"][i].bool()
         visual = (batch["input_ids"][i] == processor.image_token_id)[there]
@@ -102,10 +99,10 @@ def test_attention_is_what_the_model_returns(family):
     batch, measures = measured(family)
     eager = tiny.teacher(family)
     eager.set_attn_implementation("eager")
-    attentions = eager(**model_inputs(batch), output_attentions=True).attentions
+    attentions = eager(**batch.model_inputs, output_attentions=True).attentions
     for i, tokens in enumerate(measures):
         n = int(batch["attention_mask"][i].sum())
-        asking = [p for p in range(n - 1) if batch["labels"][i, p + 1] != -100]
+        asking = [p for p in range(n - 1) if batch.labels[i, p + 1] != -100]
         for layer, weights in enumerate(attentions):
             A = weights[i, :, :n, :n].double()
             assert_close(
@@ -158,7 +155,7 @@ def test_sensitivity_is_the_gradient_of_the_models_own_loss(family):
     for tokens, document in zip(measured(family)[1], documents(3)):
         batch = collate([document], processor)
         with record_outputs(family_of(teacher).layers(teacher)) as outputs:
-            loss = teacher(**model_inputs(batch), labels=batch["labels"]).loss
+            loss = teacher(**batch.model_inputs, labels=batch.labels).loss
         s = torch.stack([g[0].square().sum(-1) for g in torch.autograd.grad(loss, outputs)])
         assert_close(torch.tensor(tokens.sensitivity), s, rtol=1e-3, atol=1e-6 * s.max().item())
 
@@ -199,7 +196,7 @@ def test_rank_correlations_are_scipys():
 @torch.no_grad()
 def test_hidden_positions_might_as_well_not_be_there(family):
     teacher, batch = models(family)[0], measured(family)[0]
-    inputs, labels = family_of(teacher).language_inputs(teacher, batch), batch["labels"]
+    inputs, labels = family_of(teacher).language_inputs(teacher, batch.model_inputs), batch.labels
     where = inputs.visual_mask & (torch.arange(labels.shape[1]) % 3 == 0)
     hidden = answer_score(teacher, hide(inputs, where), labels)
     assert (hidden - answer_score(teacher, inputs, labels)).abs().min() > 1e-4
@@ -233,14 +230,14 @@ def test_hidden_positions_might_as_well_not_be_there(family):
 def test_answer_score_is_the_models_own_loss(family):
     teacher, _, processor = models(family)
     batch = collate(documents(1, seed=3), processor)
-    inputs = family_of(teacher).language_inputs(teacher, batch)
-    loss = teacher(**model_inputs(batch), labels=batch["labels"]).loss
-    assert_close(answer_score(teacher, inputs, batch["labels"])[0], -loss, rtol=1e-5, atol=1e-5)
+    inputs = family_of(teacher).language_inputs(teacher, batch.model_inputs)
+    loss = teacher(**batch.model_inputs, labels=batch.labels).loss
+    assert_close(answer_score(teacher, inputs, batch.labels)[0], -loss, rtol=1e-5, atol=1e-5)
 
 
 def test_importance_of_what_the_answer_can_not_see():
     batch = measured()[0]
-    last = torch.stack([torch.arange(row.numel()) > row.nonzero().max() for row in predicts_answer(batch["labels"])])
+    last = torch.stack([torch.arange(row.numel()) > row.nonzero().max() for row in predicts_answer(batch.labels)])
     for ablate in (None, 0, 2):
         after, before = answer_importance(models()[0], batch, lambda visual: [last, visual], ablate=ablate).T
         assert np.abs(after).max() < 1e-5 and np.abs(before).min() > 1e-4
@@ -441,7 +438,7 @@ def test_what_can_not_be_diagnosed_is_named():
         token_measures(teacher, student, collate([*documents(1), Sample("text", [], [("a", "b")])], processor))
     with pytest.raises(ValueError, match="sample 'page-0' has no answer tokens"):
         batch = collate(documents(1), processor)
-        token_measures(teacher, student, batch | dict(labels=torch.full_like(batch["labels"], -100)))
+        token_measures(teacher, student, replace(batch, labels=torch.full_like(batch.labels, -100)))
     broken = to_hybrid(teacher)
     with torch.no_grad():
         next(p for name, p in broken.named_parameters() if "layers.1.mlp" in name).fill_(torch.nan)
