@@ -76,10 +76,8 @@ def test_measures_are_those_of_the_whole_models(family):
             student(**inputs)
         s = torch.stack([g[0].square().sum(-1) for g in torch.autograd.grad(loss, of_teacher)])
         near(tokens.sensitivity, s, 1e-3, 1e-6 * s.max().item())
-        visual, density = (
-            batch["input_ids"][0] == processor.image_token_id,
-            kind.density(kind.language_inputs(teacher, inputs))[0],
-        )
+        visual = batch["input_ids"][0] == processor.image_token_id
+        density = kind.density(kind.language_inputs(teacher, inputs))[0]
         near(tokens.visual, visual)
         near(tokens.density, torch.where(visual, density, 2 * density[visual].mean()), 1.3e-6, 1e-5)
         for layer, (t, s) in enumerate(zip(of_teacher, of_student)):

@@ -478,6 +478,7 @@ def test_a_full_disk_leaves_earlier_answers(models, monkeypatch, tmp_path):
         (dict(rows=[], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
         (dict(suite="tiny"), "unknown suite 'tiny'; one of toy, paper"),
         (dict(benchmarks=[]), "no benchmarks given"),
+        (dict(suite="paper", benchmarks=["texture"]), "unknown benchmark 'texture'; some of ocrbench_v2"),
         (dict(questions=0), "questions must be at least 1, got 0"),
         (dict(questions=None), "questions must be a number"),
         (dict(batch_size=1.5), "batch_size must be at least 1, got 1.5"),
