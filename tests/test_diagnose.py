@@ -179,7 +179,7 @@ def test_curve_is_the_mean_over_images_with_the_slow_bootstraps_interval():
     images = np.random.default_rng(0).gamma(2, 1, (15, 10))
     counts = bootstrap_counts(15, draws=300, seed=3)
     curve = decile_curve(images, counts)
-    resampled = np.array([np.repeat(images, k, axis=0).mean(0) for k in counts])
+    resampled = np.array([np.repeat(images, k, axis=0).mean(0) for k in counts[1:]])
     np.testing.assert_allclose(curve["mean"], images.mean(0))
     np.testing.assert_allclose([curve["low"], curve["high"]], interval(resampled))
     for name, draws in (
