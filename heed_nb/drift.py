@@ -67,14 +67,11 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
     if type(family_of(teacher)) is not type(family_of(student)):
         kinds = student.config.model_type, teacher.config.model_type
         raise ValueError("the student is a {}, the teacher a {}; they must be of one family".format(*kinds))
-    text = [model.config.get_text_config() for model in (student, teacher)]
-    compared = {
-        name: [getattr(part, name) for part in text] for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-    }
-    compared["image_token_id"] = [model.config.image_token_id for model in (student, teacher)]
-    for name, (of_student, of_teacher) in compared.items():
-        if of_student != of_teacher:
-            raise ValueError(f"the student's {name} is {of_student}, the teacher's {of_teacher}; they must be the same")
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "image_token_id"):
+        configs = [m.config if name == "image_token_id" else m.config.get_text_config() for m in (student, teacher)]
+        ours, theirs = (getattr(config, name) for config in configs)
+        if ours != theirs:
+            raise ValueError(f"the student's {name} is {ours}, the teacher's {theirs}; they must be the same")
     if replaced := replaced_indices(teacher):
         raise ValueError(f"the teacher has no attention in layers {replaced}; its attention is measured at every layer")
 
@@ -169,18 +166,15 @@ def token_columns(
 def token_table(
     samples: Iterable[Tokens],
     layers: Sequence[int] | None = None,  # indices; None: all
-) -> (
-    pd.DataFrame
-):  # image, key, position, COLUMNS, sensitivity: a row for each layer and unpadded position of each image
-    "The token table."
+) -> pd.DataFrame:  # image, key, position, COLUMNS, sensitivity
+    "The token table: a row for each layer and unpadded position of each image."
     tables = []
     for image, tokens in enumerate(samples):
         columns = token_columns(tokens, layers)
         columns["sensitivity"] = tokens.sensitivity[columns["depth"][:, 0]]
         columns["position"] = np.broadcast_to(np.arange(len(tokens.density)), columns["drift"].shape)
-        tables.append(pd.DataFrame({name: column.ravel() for name, column in columns.items()}))
-        tables[-1].insert(0, "image", image)
-        tables[-1].insert(1, "key", tokens.key)
+        rows = {name: column.ravel() for name, column in columns.items()}
+        tables.append(pd.DataFrame(dict(image=image, key=tokens.key) | rows))
     return pd.concat(tables, ignore_index=True)[["image", "key", "position", *COLUMNS, "sensitivity"]]
 
 # %% ../nbs/52_drift.ipynb #c027
@@ -227,8 +221,7 @@ def hide(
     where: Tensor,  # [B, T] bool
 ) -> LanguageInputs:
     "The inputs with these positions hidden from attention."
-    mask = inputs.kwargs["attention_mask"]
-    mask = ~where if mask is None else mask.bool() & ~where
+    mask = inputs.kwargs["attention_mask"].bool() & ~where
     return replace(inputs, kwargs=inputs.kwargs | dict(attention_mask=mask.long()))
 
 # %% ../nbs/52_drift.ipynb #c031

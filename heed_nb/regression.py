@@ -240,7 +240,7 @@ REGRESSIONS = {  # name -> (response, predictors, visual positions only)
 
 
 class Findings:
-    "What a diagnosis keeps of each image."
+    "The measures that a diagnosis stores for each image."
 
     def __init__(self, layers: Sequence[int]):
         self.layers, self.by_layer = list(layers), []
@@ -370,10 +370,10 @@ def diagnose(
     samples: Sequence[Sample],  # held out; those without an image are left out and counted
     *,
     batch_size: int = 8,
-    layers: Sequence[int] | None = None,  # of deciles and regression; None: the replaced ones, all if there are none
-    ablate: int | None = None,  # the layer whose residuals are ablated too
-    one_by_one_images: int = 0,  # number of images whose tokens are hidden one by one too
-    table_images: int = 0,  # number of images that leave their rows
+    layers: Sequence[int] | None = None,  # of deciles and regression; None: the replaced ones, or all
+    ablate: int | None = None,  # a layer after which residuals are ablated too
+    one_by_one_images: int = 0,  # images whose tokens are also hidden one by one
+    table_images: int = 0,  # images whose rows go into the token table
     text_boost: float = TEXT_BOOST,  # beta
     reduce: str = "features",  # as for `Family.token_density`
     draws: int = DRAWS,
