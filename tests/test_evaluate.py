@@ -370,7 +370,7 @@ def test_a_judge_that_judges_nothing_is_none(models, monkeypatch):
         evaluate(models / "teacher", suite="paper")
 
 
-def test_the_pins_name_every_benchmark_once_and_a_stock_metric():
+def test_the_pins_name_every_benchmark_once_and_a_metric_of_lmms_eval():
     import yaml
 
     for suite in module.SUITES:
@@ -380,7 +380,7 @@ def test_the_pins_name_every_benchmark_once_and_a_stock_metric():
         ]
         assert list(dict.fromkeys(named)) == list(BENCHMARKS)
     for path in task_files("paper", READING + CHOOSING):
-        config = module.real_config(path)
+        config = module.pinned_config(path)
         assert [m["metric"] for m in config["metric_list"]] == [config["metadata"]["score"].split(",")[0]], path
         assert "token" not in config["dataset_kwargs"] and config["generation_kwargs"]["do_sample"] is False
 
