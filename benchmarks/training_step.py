@@ -50,16 +50,12 @@ def main(teacher, documents, steps):
         def seconds(condition, cache, samples):
             "Of a step; reading the cache is part of it, its keys are made where batches are."
             batch = with_cache_keys(to_batch, cache.identity, samples) if cache is not None else to_batch(samples)
-            tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-            cached = (
-                partial(cached_values, cache, batch["cache_keys"], batch["keys"], None) if cache is not None else None
-            )
+            batch = batch.to(device)
+            cached = partial(cached_values, cache, batch.cache_keys, batch.keys, None) if cache is not None else None
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = clock()
-            step_loss(2, student, family_of(student), tensors, batch["keys"], condition, settings, cached)[
-                "loss"
-            ].backward()
+            step_loss(2, student, family_of(student), batch, condition, settings, cached)["loss"].backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             spent = clock() - start

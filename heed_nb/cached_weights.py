@@ -9,6 +9,7 @@ __all__ = ['CACHED', 'density_identity', 'gradient_identity', 'sample_densities'
 # %% ../nbs/35_cached_weights.ipynb #c002
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from .checkpoints import fingerprint
 from .conditions import Condition, TrainSettings
-from .samples import on_device
+from .samples import Batch
 from .sensitivity import compress
 from .streams import replaced_indices, teacher_sensitivity
 from .teachers import family_of
@@ -72,9 +73,9 @@ def gradient_identity(
 # %% ../nbs/35_cached_weights.ipynb #c008
 def _inputs(model, collate, samples):
     "The batch on the model's device, and the decoder's inputs."
-    batch = on_device(collate(samples), model.device)
+    batch = Batch.of(collate(samples)).to(model.device)
     with torch.no_grad():
-        return batch, family_of(model).language_inputs(model, batch)
+        return batch, family_of(model).language_inputs(model, batch.model_inputs)
 
 
 def sample_densities(
@@ -98,18 +99,18 @@ def sample_sensitivities(
 ) -> list[Tensor]:  # [positions] each; +LD: [layers positions], layer after layer
     "The compressed sensitivities of each sample's unpadded positions."
     batch, inputs = _inputs(teacher, collate, samples)
-    found = GRADIENTS[condition.weights](teacher_sensitivity(teacher, inputs, batch["labels"], layers))
+    found = GRADIENTS[condition.weights](teacher_sensitivity(teacher, inputs, batch.labels, layers))
     present = batch["attention_mask"].bool()
     return [compress(found[..., i, there]).flatten().cpu() for i, there in enumerate(present)]
 
 # %% ../nbs/35_cached_weights.ipynb #c009
 def token_keys(
-    batch: dict,  # of `samples`
+    batch: Batch,  # of `samples`
     samples: list,  # with `images`
     identity: dict[str, str],  # of the cache
 ) -> list[str]:
     "The keys under which a gradient cache holds these samples: their images, tokens and labels."
-    rows = zip(samples, batch["input_ids"], batch["labels"], batch["attention_mask"].bool())
+    rows = zip(samples, batch["input_ids"], batch.labels, batch["attention_mask"].bool())
     return [sample_key(sample.images, identity, (ids[there], labels[there])) for sample, ids, labels, there in rows]
 
 
@@ -145,7 +146,7 @@ def build_gradient_cache(
         raise ValueError(f"{kind}; a gradient cache is for gradient weights")
 
     def keys(samples, identity):
-        return token_keys(collate(samples), samples, identity)
+        return token_keys(Batch.of(collate(samples)), samples, identity)
 
     values = partial(sample_sensitivities, teacher, collate, condition, layers)
     return build(path, dataset, values, gradient_identity(teacher, processor, condition, layers), keys=keys, **options)
@@ -185,12 +186,12 @@ def with_cache_keys(
     collate: Callable,  # samples -> batch
     identity: dict[str, str],  # of the cache
     samples: list,  # with `images`
-) -> dict:  # the batch, with cache_keys
+) -> Batch:
     "A batch with the keys of its samples' records."
-    batch = collate(samples)
+    batch = Batch.of(collate(samples))
     of_images = identity["content"] == "density"
     keys = image_keys(samples, identity) if of_images else token_keys(batch, samples, identity)
-    return batch | {"cache_keys": keys}
+    return replace(batch, cache_keys=keys)
 
 # %% ../nbs/35_cached_weights.ipynb #c012
 def cached_values(

@@ -179,8 +179,8 @@ def measured(
         sample = as_sample({"key": "row", "images": images, "messages": messages}, 0)
         with warnings.catch_warnings(action="ignore"):
             batch = collate([sample], processor)
-        if batch["unlabelled"]:
-            raise ValueError(batch["unlabelled"][0])
+        if batch.unlabelled:
+            raise ValueError(batch.unlabelled[0])
         tokens = max(tokens, int(batch["attention_mask"].sum()))
         visual = int((batch["input_ids"] == processor.image_token_id).sum())
     return tokens, visual

@@ -18,7 +18,7 @@ from os.path import commonprefix
 import torch
 from PIL import Image
 
-from .samples import DATA_SET, BadSample, Sample, as_sample, viewed_images
+from .samples import DATA_SET, BadSample, Batch, Sample, as_sample, viewed_images
 
 # %% ../nbs/40_data.ipynb #c005
 def _with_texts(
@@ -214,8 +214,8 @@ def collate(
     samples: list,  # `Sample`s, or rows that `as_sample` reads
     processor,  # of the teacher: tokenizer, image processor and chat template
     max_length: int | None = None,  # tokens of a sample; a longer one has no label
-) -> dict:  # input_ids, attention_mask, labels [B, T] right-padded, the image tensors, keys, unlabelled
-    """A batch for training, with `labels` of -100 except on answers and the end of turn after each.
+) -> Batch:
+    """A batch for training, with labels on the answers and the end of turn after each.
 
     A sample without an answer, with an empty one or too long has no label: a warning names it, and `unlabelled` maps
     its row to the reason. Raises BadSample on a sample that can't be used, ValueError on any other object."""
@@ -240,4 +240,4 @@ def collate(
             shift = sum(len(e["replacement"]) - len(e["text"]) for e in expansions[i] if e["span"][1] <= start)
             first, last = bisect_right(ends, start + shift), bisect_left(starts, end + shift)
             labels[i, first:last] = batch["input_ids"][i, first:last]
-    return {**batch, "labels": labels, "keys": [chat.key for chat in chats], "unlabelled": unlabelled}
+    return Batch(dict(batch), labels, [chat.key for chat in chats], unlabelled)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .losses import answer_risk, predicts_answer, record_outputs
 from .parameters import TEXT_BOOST
-from .samples import on_device
+from .samples import Batch
 from .teachers import LanguageInputs, family_of
 from .streams import attention_inputs, attention_matrix, replaced_indices, teacher_sensitivity
 
@@ -67,26 +67,20 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
     if type(family_of(teacher)) is not type(family_of(student)):
         kinds = student.config.model_type, teacher.config.model_type
         raise ValueError("the student is a {}, the teacher a {}; they must be of one family".format(*kinds))
-    text = [model.config.get_text_config() for model in (student, teacher)]
-    compared = {
-        name: [getattr(part, name) for part in text] for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-    }
-    compared["image_token_id"] = [model.config.image_token_id for model in (student, teacher)]
-    for name, (of_student, of_teacher) in compared.items():
-        if of_student != of_teacher:
-            raise ValueError(f"the student's {name} is {of_student}, the teacher's {of_teacher}; they must be the same")
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "image_token_id"):
+        configs = [m.config if name == "image_token_id" else m.config.get_text_config() for m in (student, teacher)]
+        ours, theirs = (getattr(config, name) for config in configs)
+        if ours != theirs:
+            raise ValueError(f"the student's {name} is {ours}, the teacher's {theirs}; they must be the same")
     if replaced := replaced_indices(teacher):
         raise ValueError(f"the teacher has no attention in layers {replaced}; its attention is measured at every layer")
 
 # %% ../nbs/52_drift.ipynb #c015
-def residuals(
-    model: nn.Module,
-    batch: dict,  # of `collate`
-) -> list[Tensor]:  # one [B, T, D] a layer
+def residuals(model: nn.Module, batch: Batch) -> list[Tensor]:  # one [B, T, D] a layer
     "The residual stream after every decoder layer."
     family = family_of(model)
     with record_outputs(family.layers(model)) as outputs:
-        family.decoder(model)(**family.language_inputs(model, on_device(batch, model.device)).kwargs)
+        family.decoder(model)(**family.language_inputs(model, batch.to(model.device).model_inputs).kwargs)
     return outputs
 
 
@@ -102,11 +96,11 @@ def text_density(
 # %% ../nbs/52_drift.ipynb #c016
 def measured_inputs(
     teacher: nn.Module,
-    batch: dict,  # of `collate`, on the teacher's device
+    batch: Batch,  # on the teacher's device
 ) -> LanguageInputs:
     "The teacher's inputs. Raises ValueError naming a sample without visual or without answer tokens."
-    inputs = family_of(teacher).language_inputs(teacher, batch)
-    for key, visual, asking in zip(batch["keys"], inputs.visual_mask, predicts_answer(batch["labels"])):
+    inputs = family_of(teacher).language_inputs(teacher, batch.model_inputs)
+    for key, visual, asking in zip(batch.keys, inputs.visual_mask, predicts_answer(batch.labels)):
         if not visual.any():
             raise ValueError(f"sample {key!r} has no visual tokens, so no density")
         if not asking.any():
@@ -115,21 +109,21 @@ def measured_inputs(
 
 
 def layer_attention(
-    teacher: nn.Module, inputs: LanguageInputs, batch: dict
+    teacher: nn.Module, inputs: LanguageInputs, batch: Batch
 ) -> list[tuple[Tensor, Tensor]]:  # of `attention_measures`, one a layer
     "Both attention measures at every layer. One layer's [B, H, T, T] matrix is held at a time."
     family, mask = family_of(teacher), batch["attention_mask"].bool()
     layers = list(family.layers(teacher))
     given = attention_inputs(family.decoder(teacher), inputs, layers)
     matrices = (attention_matrix(layer.self_attn, given.pop(0), mask) for layer in layers)
-    return [attention_measures(matrix, mask, batch["labels"]) for matrix in matrices]
+    return [attention_measures(matrix, mask, batch.labels) for matrix in matrices]
 
 # %% ../nbs/52_drift.ipynb #c017
 @torch.no_grad()
 def token_measures(
     teacher: nn.Module,
     student: nn.Module,
-    batch: dict,  # of `collate`
+    batch: Batch,
     *,
     text_boost: float = TEXT_BOOST,  # beta
     reduce: str = "features",  # as for `Family.token_density`
@@ -138,19 +132,19 @@ def token_measures(
 
     Raises ValueError on models that cannot be compared and on a sample without visual or without answer tokens."""
     check_pair(teacher, student)
-    family, batch = family_of(teacher), on_device(batch, teacher.device)
+    family, batch = family_of(teacher), batch.to(teacher.device)
     inputs = measured_inputs(teacher, batch)
     density = text_density(family.density(inputs, reduce=reduce), inputs.visual_mask, text_boost)
     pairs = [(t.float(), s.float().to(t.device)) for t, s in zip(residuals(teacher, batch), residuals(student, batch))]
     drift = [(s - t).norm(dim=-1) for t, s in pairs]  # [B, T] each
     relative = [d / t.norm(dim=-1) for d, (t, _) in zip(drift, pairs)]
     received, concentration = zip(*layer_attention(teacher, inputs, batch))
-    sensitivity = teacher_sensitivity(teacher, inputs, batch["labels"], range(len(drift)))
+    sensitivity = teacher_sensitivity(teacher, inputs, batch.labels, range(len(drift)))
     by_layer = [torch.stack(list(m), 1).cpu().numpy() for m in (drift, relative, received, concentration, sensitivity)]
     density, visual, there = (t.cpu().numpy() for t in (density, inputs.visual_mask, batch["attention_mask"].bool()))
     return [
         Tokens(key, density[i, there[i]], visual[i, there[i]], *(values[i][:, there[i]] for values in by_layer))
-        for i, key in enumerate(batch["keys"])
+        for i, key in enumerate(batch.keys)
     ]
 
 # %% ../nbs/52_drift.ipynb #c024
@@ -172,18 +166,15 @@ def token_columns(
 def token_table(
     samples: Iterable[Tokens],
     layers: Sequence[int] | None = None,  # indices; None: all
-) -> (
-    pd.DataFrame
-):  # image, key, position, COLUMNS, sensitivity: a row for each layer and unpadded position of each image
-    "The token table."
+) -> pd.DataFrame:  # image, key, position, COLUMNS, sensitivity
+    "The token table: a row for each layer and unpadded position of each image."
     tables = []
     for image, tokens in enumerate(samples):
         columns = token_columns(tokens, layers)
         columns["sensitivity"] = tokens.sensitivity[columns["depth"][:, 0]]
         columns["position"] = np.broadcast_to(np.arange(len(tokens.density)), columns["drift"].shape)
-        tables.append(pd.DataFrame({name: column.ravel() for name, column in columns.items()}))
-        tables[-1].insert(0, "image", image)
-        tables[-1].insert(1, "key", tokens.key)
+        rows = {name: column.ravel() for name, column in columns.items()}
+        tables.append(pd.DataFrame(dict(image=image, key=tokens.key) | rows))
     return pd.concat(tables, ignore_index=True)[["image", "key", "position", *COLUMNS, "sensitivity"]]
 
 # %% ../nbs/52_drift.ipynb #c027
@@ -230,8 +221,7 @@ def hide(
     where: Tensor,  # [B, T] bool
 ) -> LanguageInputs:
     "The inputs with these positions hidden from attention."
-    mask = inputs.kwargs["attention_mask"]
-    mask = ~where if mask is None else mask.bool() & ~where
+    mask = inputs.kwargs["attention_mask"].bool() & ~where
     return replace(inputs, kwargs=inputs.kwargs | dict(attention_mask=mask.long()))
 
 # %% ../nbs/52_drift.ipynb #c031
@@ -257,17 +247,17 @@ def ablated(
 @torch.no_grad()
 def answer_importance(
     teacher: nn.Module,
-    batch: dict,  # of `collate`
+    batch: Batch,
     groups: Callable[[Tensor], Iterable[Tensor]],  # visual mask -> groups of positions, [B, T] bool each
     *,
     ablate: int | None = None,  # the layer after which residuals are ablated; None: hidden from attention
 ) -> np.ndarray:  # [B, groups]
     "The drop in the answer score when each group is hidden. Raises ValueError on a layer that does not exist."
-    family, batch = family_of(teacher), on_device(batch, teacher.device)
+    family, batch = family_of(teacher), batch.to(teacher.device)
     layers = family.layers(teacher)
     if ablate is not None and not 0 <= ablate < len(layers):
         raise ValueError(f"ablate is {ablate}; a layer from 0 to {len(layers) - 1}")
-    inputs, labels = family.language_inputs(teacher, batch), batch["labels"]
+    inputs, labels = family.language_inputs(teacher, batch.model_inputs), batch.labels
     whole, drops = answer_score(teacher, inputs, labels), []
     for where in groups(inputs.visual_mask):
         where = where.to(labels.device)

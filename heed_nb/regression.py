@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from .data import Sample, collate
+from .data import Batch, Sample, collate
 from heed_nb.drift import (
     COLUMNS,
     Tokens,
@@ -44,40 +44,35 @@ DRAWS = 1000
 
 def bootstrap_counts(
     images: int, draws: int = DRAWS, seed: int = 0
-) -> np.ndarray:  # [draws, images]: how often each resample takes each image
-    "Resamples of the images with replacement. Raises ValueError if fewer than `draws` different ones exist."
+) -> np.ndarray:  # [1 + draws, images]: how often each image counts; once each in the first row
+    "The set and its resamples with replacement. Raises ValueError if fewer than `draws` different ones exist."
     needed = next(n for n in range(2, draws + 2) if math.comb(2 * n - 1, n) >= draws)
     if images < needed:
         raise ValueError(f"{images} images are too few for a bootstrap of {draws} draws; it takes {needed} or more")
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws)
+    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws)
+    return np.concatenate([np.ones((1, images), dtype=drawn.dtype), drawn])
 
 
 def interval(
-    draws: np.ndarray,  # [draws, ...]
+    resamples: np.ndarray,  # [draws, ...]
 ) -> np.ndarray:  # [2, ...]
     "The 95 % percentile interval."
-    return np.quantile(draws, (0.025, 0.975), axis=0)
+    return np.quantile(resamples, (0.025, 0.975), axis=0)
 
 
 def with_interval(
-    value: float,
-    draws: np.ndarray,  # [draws]
+    values: np.ndarray,  # [1 + draws], of the set and of its resamples
 ) -> dict[str, float]:  # value, low, high
-    "A value with the interval of its resamples."
-    return dict(zip(("value", "low", "high"), map(float, (value, *interval(draws)))))
+    "The set's value with its interval."
+    return dict(zip(("value", "low", "high"), map(float, (values[0], *interval(values[1:])))))
 
 # %% ../nbs/54_regression.ipynb #c007
 class ImageMoments:
     "Counts, means and scatters of a table's columns, image by image. Rows are not stored."
 
     def __init__(self, names: Sequence[str] = COLUMNS):
-        self.names, self.counts, self.means, self.scatters, self.largest = (
-            tuple(names),
-            [],
-            [],
-            [],
-            np.zeros(len(names)),
-        )
+        self.names, self.largest = tuple(names), np.zeros(len(names))
+        self.counts, self.means, self.scatters = [], [], []
 
     def add(
         self,
@@ -95,7 +90,7 @@ class ImageMoments:
 
     def scatter(
         self,
-        weights: np.ndarray,  # [draws, images]: how often each image counts
+        weights: np.ndarray,  # [draws, images], of `bootstrap_counts`
     ) -> tuple[np.ndarray, np.ndarray]:  # rows [draws]; scatter [draws, columns, columns]
         "The pooled scatter of each draw."
         counts, means, scatters = np.array(self.counts, dtype=np.float64), np.stack(self.means), np.stack(self.scatters)
@@ -110,7 +105,7 @@ class ImageMoments:
 def correlations(
     moments: ImageMoments,
     names: Sequence[str],  # of columns
-    weights: np.ndarray,  # [draws, images]; the first draw is the whole set
+    weights: np.ndarray,  # [draws, images], of `bootstrap_counts`
 ) -> tuple[np.ndarray, np.ndarray]:  # rows [draws]; correlations [draws, names, names]
     "Pearson correlations of each draw. Raises ValueError naming a column that is constant."
     index = [moments.names.index(name) for name in names]
@@ -126,7 +121,7 @@ def correlations(
 
 
 def check_independent(
-    R: np.ndarray,  # [draws, predictors, predictors]: correlations; the first draw is the whole set
+    R: np.ndarray,  # [draws, predictors, predictors], correlations; the first are the set's
     predictors: Sequence[str],
 ) -> None:
     "Raises ValueError naming predictors that are collinear."
@@ -150,23 +145,19 @@ def regress(
 
     Raises ValueError on too few images for the bootstrap, a constant column, and collinear predictors."""
     images = len(moments.counts)
-    weights = np.concatenate([np.ones((1, images)), bootstrap_counts(images, draws, seed)])
-    rows, correlation = correlations(moments, [*predictors, response], weights)
+    rows, correlation = correlations(moments, [*predictors, response], bootstrap_counts(images, draws, seed))
     R, r = correlation[:, :-1, :-1], correlation[:, :-1, -1]
     check_independent(R, predictors)
     inverse = np.linalg.inv(R)
     b = (inverse @ r[..., None])[..., 0]
     r2, unique = (r * b).sum(-1), b**2 / np.diagonal(inverse, axis1=1, axis2=2)
     largest = np.bincount(unique[1:].argmax(-1), minlength=len(predictors)) / draws
-
-    def stated(values):
-        return with_interval(values[0], values[1:])
-
+    columns = zip(predictors, b.T, unique.T, largest)
     fitted = {
-        name: dict(coefficient=stated(b[:, j]), semi_partial=stated(unique[:, j]), largest=float(largest[j]))
-        for j, name in enumerate(predictors)
+        name: dict(coefficient=with_interval(b), semi_partial=with_interval(u), largest=float(share))
+        for name, b, u, share in columns
     }
-    return dict(images=images, rows=int(rows[0]), draws=draws, r2=stated(r2), predictors=fitted)
+    return dict(images=images, rows=int(rows[0]), draws=draws, r2=with_interval(r2), predictors=fitted)
 
 # %% ../nbs/54_regression.ipynb #c013
 def regression_table(
@@ -198,13 +189,11 @@ def decile_curve(
     images = np.asarray(images, dtype=np.float64)
     if not np.isfinite(images).all():
         raise ValueError("a decile's values hold NaN or infinity")
-    mean, draws = images.mean(0), counts @ images / counts.sum(1, keepdims=True)
-    low, high = interval(draws)
-    difference = with_interval(mean[-1] - mean[0], draws[:, -1] - draws[:, 0])
-    ratio = dict.fromkeys(("value", "low", "high"))
-    if min(mean[0], draws[:, 0].min()) > 0:
-        ratio = with_interval(mean[-1] / mean[0], draws[:, -1] / draws[:, 0])
-    return dict(mean=mean.tolist(), low=low.tolist(), high=high.tolist(), difference=difference, ratio=ratio)
+    means = counts @ images / counts.sum(1, keepdims=True)
+    first, last, (low, high) = means[:, 0], means[:, -1], interval(means[1:])
+    ratio = with_interval(last / first) if first.min() > 0 else dict.fromkeys(("value", "low", "high"))
+    curve = dict(mean=means[0], low=low, high=high)
+    return {k: v.tolist() for k, v in curve.items()} | dict(difference=with_interval(last - first), ratio=ratio)
 
 # %% ../nbs/54_regression.ipynb #c022
 CORRELATIONS = ("density", "density, top quarter", "top quarter minus all", "layers", "layers, text included")
@@ -235,10 +224,10 @@ def correlation_summary(
     values, by_pair = np.where(there, images, 0), np.nanmean(images, 0)
     with np.errstate(invalid="ignore"):
         draws = (counts @ values / (counts @ there)).mean(1)
-    low, high = interval(draws[np.isfinite(draws)])  # a resample may hold no image that can be ranked
+    mean = with_interval(draws[np.isfinite(draws)])  # a resample may hold no image that can be ranked
     p5, p95 = np.quantile(np.nanmean(images[there.any(1)], 1), (0.05, 0.95))
-    numbers = dict(value=by_pair.mean(), low=low, high=high, p5=p5, p95=p95, least=by_pair.min(), most=by_pair.max())
-    return {name: float(number) for name, number in numbers.items()} | dict(images=int(there.any(1).sum()))
+    spread = dict(p5=p5, p95=p95, least=by_pair.min(), most=by_pair.max())
+    return mean | {name: float(number) for name, number in spread.items()} | dict(images=int(there.any(1).sum()))
 
 # %% ../nbs/54_regression.ipynb #c029
 REGRESSIONS = {  # name -> (response, predictors, visual positions only)
@@ -251,15 +240,11 @@ REGRESSIONS = {  # name -> (response, predictors, visual positions only)
 
 
 class Findings:
-    "What a diagnosis keeps of each image."
+    "The measures that a diagnosis stores for each image."
 
     def __init__(self, layers: Sequence[int]):
-        self.layers, self.curves, self.correlations, self.by_layer = (
-            list(layers),
-            defaultdict(list),
-            defaultdict(list),
-            [],
-        )
+        self.layers, self.by_layer = list(layers), []
+        self.curves, self.correlations = defaultdict(list), defaultdict(list)
         self.moments = {visual_only: ImageMoments() for visual_only in (False, True)}
 
     def add(self, tokens: Tokens) -> None:
@@ -299,7 +284,7 @@ def can_be_ranked(tokens: Tokens) -> bool:
 
 def importance_one_by_one(
     teacher: nn.Module,
-    batch: dict,
+    batch: Batch,
     measured: Sequence[Tokens],  # the batch's
 ) -> list[np.ndarray]:  # [10] each
     "Each image's importance by density decile, its tokens hidden one at a time."
@@ -349,7 +334,7 @@ def rankable_batch(
     student: nn.Module,
     processor,
     **options,  # of `token_measures`
-) -> tuple[dict, list[Tokens], int]:  # the batch, its measures, how many images were left out
+) -> tuple[Batch, list[Tokens], int]:  # the batch, its measures, how many images were left out
     "The samples whose visual tokens can be ranked by density."
     batch = collate(samples, processor)
     measured = token_measures(teacher, student, batch, **options)
@@ -362,7 +347,7 @@ def rankable_batch(
 def add_batch(
     findings: Findings,
     teacher: nn.Module,
-    batch: dict,
+    batch: Batch,
     measured: list[Tokens],  # the batch's
     ablate: int | None,
     one_by_one_images: int,
@@ -385,10 +370,10 @@ def diagnose(
     samples: Sequence[Sample],  # held out; those without an image are left out and counted
     *,
     batch_size: int = 8,
-    layers: Sequence[int] | None = None,  # of deciles and regression; None: the replaced ones, all if there are none
-    ablate: int | None = None,  # the layer whose residuals are ablated too
-    one_by_one_images: int = 0,  # number of images whose tokens are hidden one by one too
-    table_images: int = 0,  # number of images that leave their rows
+    layers: Sequence[int] | None = None,  # of deciles and regression; None: the replaced ones, or all
+    ablate: int | None = None,  # a layer after which residuals are ablated too
+    one_by_one_images: int = 0,  # images whose tokens are also hidden one by one
+    table_images: int = 0,  # images whose rows go into the token table
     text_boost: float = TEXT_BOOST,  # beta
     reduce: str = "features",  # as for `Family.token_density`
     draws: int = DRAWS,

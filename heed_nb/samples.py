@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['DATA_SET', 'eight_bits', 'from_array', 'viewed', 'viewed_images', 'BadSample', 'Sample', 'as_sample', 'samples_of',
-           'on_device']
+           'Batch']
 
 # %% ../nbs/93_samples.ipynb #c002
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
 
 # %% ../nbs/93_samples.ipynb #c005
 def eight_bits(
@@ -356,11 +357,35 @@ def samples_of(dataset):  # the data set, or its rows as `Sample`s
     return dataset
 
 # %% ../nbs/93_samples.ipynb #c027
-def on_device(
-    batch: dict,  # of `collate`
-    device: torch.device | str,
-) -> dict:
-    "The batch with its tensors on the device."
-    non_blocking = torch.device(device).type == "cuda"  # a copy from a GPU must be waited for
-    move = lambda value: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
-    return {name: move(value) for name, value in batch.items()}
+@dataclass
+class Batch:
+    """Samples as tensors: B samples of T positions, padded on the right.
+
+    `batch["input_ids"]` is a tensor that the model takes, or `labels`, by its name."""
+
+    model_inputs: dict[str, Tensor]  # what the processor returns: input_ids, attention_mask [B, T], the images' tensors
+    labels: Tensor  # [B, T], -100 except on answers
+    keys: list[str]  # of the samples
+    unlabelled: dict[int, str] = field(default_factory=dict)  # row -> why it has no label
+    skipped: Sequence[tuple[int, str, str]] = ()  # place, name and reason of samples in whose place others were drawn
+    cache_keys: Sequence[str] = ()  # of the samples' records in a weight cache
+
+    @classmethod
+    def of(
+        cls,
+        made,  # a `Batch`, or a mapping of tensors with `labels` and `keys`
+    ) -> "Batch":
+        "What a collate function returned, as a `Batch`. Raises KeyError on a mapping without labels or keys."
+        if isinstance(made, cls):
+            return made
+        inputs = dict(made)
+        return cls(labels=inputs.pop("labels"), keys=inputs.pop("keys"), model_inputs=inputs)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.labels if name == "labels" else self.model_inputs[name]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        "The batch with its tensors on the device."
+        non_blocking = torch.device(device).type == "cuda"  # a copy from a GPU must be waited for
+        inputs = {name: value.to(device, non_blocking=non_blocking) for name, value in self.model_inputs.items()}
+        return replace(self, model_inputs=inputs, labels=self.labels.to(device, non_blocking=non_blocking))

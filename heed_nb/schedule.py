@@ -10,6 +10,7 @@ import math
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from textwrap import shorten
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
 from .conditions import Condition, TrainSettings
-from .samples import BadSample
+from .samples import BadSample, Batch
 
 # %% ../nbs/32_schedule.ipynb #c008
 def stage_ends(condition: Condition, settings: TrainSettings) -> dict[int, int]:  # stage -> tokens at its end
@@ -106,11 +107,12 @@ def _errors(attempt: Callable[[int], object], places: Iterable[int]) -> dict[int
     return errors
 
 # %% ../nbs/32_schedule.ipynb #s045
-def _unlabelled(batch: dict, places: Iterable[int]) -> dict[int, BadSample]:
+def _unlabelled(batch: Batch, places: Iterable[int]) -> dict[int, BadSample]:
     "The error of each sample that teaches no next token, by its place."
-    reasons, labelled = batch.get("unlabelled", {}), (batch["labels"][:, 1:] != -100).any(1).tolist()
-    rows = enumerate(zip(places, batch["keys"], labelled))
-    return {at: BadSample(key, reasons.get(row, "it has no label")) for row, (at, key, found) in rows if not found}
+    labelled = (batch.labels[:, 1:] != -100).any(1).tolist()
+    reasons = (batch.unlabelled.get(row, "it has no label") for row in range(len(labelled)))
+    rows = zip(places, batch.keys, reasons, labelled)
+    return {place: BadSample(key, reason) for place, key, reason, found in rows if not found}
 
 
 def _batch(
@@ -119,13 +121,13 @@ def _batch(
     indices: dict[int, int],  # place in the batch -> index in the dataset
     samples: dict[int, object],  # those that are read, by place; bad ones are taken out
     skip_bad: bool,
-) -> dict | Failed | list[tuple[int, str, Exception]]:
+) -> Batch | Failed | list[tuple[int, str, Exception]]:
     "The batch, the reason why there is none, or place, sample and error of those that need another sample."
     missing = [place for place in indices if place not in samples]
     errors = _errors(lambda place: samples.update({place: dataset[indices[place]]}), missing)
     if not errors:
         try:
-            batch = collate([samples[place] for place in indices])
+            batch = Batch.of(collate([samples[place] for place in indices]))
             if not (errors := _unlabelled(batch, indices)):
                 return batch
         except Exception as error:
@@ -141,7 +143,7 @@ def _batch(
 
 # %% ../nbs/32_schedule.ipynb #c045
 class Batches(Dataset):
-    "The batch of each step, with `skipped`, a list of (place, sample, reason); or `Failed`."
+    "The batch of each step, or `Failed`."
 
     draws = 100  # bad samples in a row for one place of a batch that end the run
 
@@ -157,14 +159,14 @@ class Batches(Dataset):
         self.places = range(rank, settings.batch_size, ranks)
         self.length = len(dataset) if hasattr(dataset, "__len__") else None
 
-    def __getitem__(self, step: int) -> dict | Failed:
+    def __getitem__(self, step: int) -> Batch | Failed:
         settings, samples, skipped = self.settings, {}, []
         every = batch_indices(self.length, settings.batch_size, settings.seed, step)
         indices = {place: every[place] for place in self.places}
         while True:
             batch = _batch(self.dataset, self.collate, indices, samples, settings.skip_bad > 0)
             if not isinstance(batch, list):
-                return batch if isinstance(batch, Failed) else {**batch, "skipped": skipped}
+                return batch if isinstance(batch, Failed) else replace(batch, skipped=skipped)
             for place, name, error in batch:
                 skipped.append((place, name, getattr(error, "reason", type(error).__name__)))
                 draw = sum(at == place for at, _, _ in skipped)

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ from .data import collate
 from .files import TEMPORARY, locked, save_parts
 from .losses import next_tokens, predicts_answer, record_inputs, record_outputs
 from .minicpm import MiniCPMVImageProcessor
-from .samples import on_device
 from .teachers import Family, family_class, family_of, load_teacher
 from .toy_pages import KINDS, LABELS, PATCH, POINTS, SIDE, page_labels
 from .toyworld import Documents
@@ -216,8 +215,9 @@ class _Batches(torch.utils.data.Dataset):
         indices = range(step * self.batch_size, (step + 1) * self.batch_size)
         batch = collate([self.documents[i] for i in indices], self.processor)
         if self.phase == "read":
-            labels = [page_labels(self.documents.page(i)[0]) for i in indices]
-            batch |= {name: torch.from_numpy(np.stack([of[name] for of in labels])).long().flatten() for name in LABELS}
+            pages = (page_labels(self.documents.page(i)[0]).values() for i in indices)
+            labels = np.stack([np.concatenate([*labels], -1) for labels in pages])
+            batch = replace(batch, labels=torch.from_numpy(labels).long().flatten(0, 2))  # [visual tokens, points]
         return batch
 
 # %% ../nbs/46_toy_teachers.ipynb #c045b
@@ -225,11 +225,12 @@ _READ_OUT = [math.prod(POINTS[name]) * (1 + len(classes)) for name, classes in L
 
 
 def _read_loss(family, model, heads, batch):
-    tokens, _, seen, *_ = family.tower(model, batch)
+    tokens, _, seen, *_ = family.tower(model, batch.model_inputs)
     tokens = tokens + sum(seen.get("deepstack_visual_embeds", []))
     loss, right = 0.0, []
-    for name, logits in zip(LABELS, heads(tokens).split(_READ_OUT, -1)):
-        logits, shown = logits.reshape(-1, 1 + len(LABELS[name])), batch[name]
+    labels = batch.labels.split([math.prod(points) for points in POINTS.values()], -1)
+    for name, logits, shown in zip(LABELS, heads(tokens).split(_READ_OUT, -1), labels):
+        logits, shown = logits.reshape(-1, 1 + len(LABELS[name])), shown.flatten()
         loss = loss + F.cross_entropy(logits, shown)
         right.append((logits.argmax(-1) == shown)[shown > 0].float().mean())
     return loss, torch.stack(right).mean()
@@ -250,9 +251,10 @@ def mlp_energy(
 
 
 def _answer_loss(family, model, batch, mlp_weight):
-    written, hidden = mlp_energy(family, model, family.language_inputs(model, batch).kwargs, batch["attention_mask"])
-    asked = predicts_answer(batch["labels"])
-    logits, targets = family.lm_head(model)(hidden[asked]), next_tokens(batch["labels"])[asked]
+    inputs = family.language_inputs(model, batch.model_inputs).kwargs
+    written, hidden = mlp_energy(family, model, inputs, batch["attention_mask"])
+    asked = predicts_answer(batch.labels)
+    logits, targets = family.lm_head(model)(hidden[asked]), next_tokens(batch.labels)[asked]
     loss = F.cross_entropy(logits, targets) + mlp_weight * written.mean()
     return loss, (logits.argmax(-1) == targets).float().mean()
 
@@ -388,7 +390,7 @@ def _train_phase(
     bar = tqdm(batches, desc=phase, initial=first, total=steps)
     for step, batch in enumerate(bar, first + 1):
         lr = peak * min(step / (0.02 * steps), 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
-        loss, right = _train_step(training, phase, on_device(batch, training.device), trained, (muon, adamw), lr)
+        loss, right = _train_step(training, phase, batch.to(training.device), trained, (muon, adamw), lr)
         if step % 10 == 0:
             training.history.append([phase, step, loss.item(), right.item()])
             bar.set_postfix(loss=f"{loss:.3f}", right=f"{right:.3f}")

@@ -47,7 +47,7 @@ from .weight_cache import WeightCache
 from .files import locked, sync
 from .hybrid import mixer_parameters, transferred_parameters
 from .losses import answer_risk, kd_terms, next_is_text, record_inputs, residual_alignment
-from .samples import samples_of
+from .samples import Batch, samples_of
 from .schedule import Batches, Failed, learning_rate, one_line, stage_at, stage_ends
 from .sensitivity import expand, residual_sensitivity
 from heed_nb.streams import (
@@ -125,12 +125,12 @@ def alignment_weights(
     settings: TrainSettings,
     family: Family,
     inputs: LanguageInputs,
-    attention_mask: Tensor,  # [B, T], 0 at padding
-    keys: list[str],  # of the samples
+    batch: Batch,
     cached: Callable[[Tensor], Tensor] | None = None,  # mask -> a cache's values there; None: they are computed
     sensitivity: Tensor | None = None,  # [layers, B, T], for gradient weights without a cache
 ) -> Tensor:  # [B, T], or [layers, B, T] for +LD; 0 at padding, each row sums to its unpadded length
     "w(p) of Eq. 5, by the condition's row of `WEIGHTS`, with its own tau and beta where it has them."
+    attention_mask = batch["attention_mask"]
 
     def density():
         return cached(inputs.visual_mask) if cached else family.density(inputs, reduce=settings.reduce)
@@ -141,7 +141,7 @@ def alignment_weights(
     context = WeightContext(
         visual_mask=inputs.visual_mask,
         attention_mask=attention_mask,
-        keys=keys,
+        keys=batch.keys,
         density=density,
         sensitivity=gradients,
         seed=settings.seed,
@@ -182,7 +182,7 @@ def _targets(student, family, inputs, batch, condition, settings, backward):
 
     def risk():
         hidden = decoder(**inputs.kwargs).last_hidden_state
-        return answer_risk(hidden, family.lm_head(student), batch["labels"], chunk_size=settings.kl_chunk)
+        return answer_risk(hidden, family.lm_head(student), batch.labels, chunk_size=settings.kl_chunk)
 
     with teacher_path(student), record_inputs(layers if condition.teacher_forced else ()) as stream:
         if backward:
@@ -192,12 +192,12 @@ def _targets(student, family, inputs, batch, condition, settings, backward):
             return aligned_outputs(decoder, inputs, layers, condition.alignment), stream, None
 
 # %% ../nbs/36_trainer.ipynb #t015
-def _alignment(student, family, inputs, batch, keys, condition, settings, cached) -> dict[str, Tensor]:
+def _alignment(student, family, inputs, batch, condition, settings, cached) -> dict[str, Tensor]:
     "Stages 1 and 2: Eq. 4 or Eq. 5."
-    backward, mask = condition.weights in GRADIENTS and cached is None, batch["attention_mask"]
+    backward = condition.weights in GRADIENTS and cached is None
     targets, stream, sensitivity = _targets(student, family, inputs, batch, condition, settings, backward)
     with _blaming_the_batch():
-        weights = alignment_weights(condition, settings, family, inputs, mask, keys, cached, sensitivity)
+        weights = alignment_weights(condition, settings, family, inputs, batch, cached, sensitivity)
     layers = replaced_layers(student)
     with phase("student"), forced(layers, stream):
         found = aligned_outputs(family.decoder(student), inputs, layers, condition.alignment)
@@ -214,22 +214,21 @@ def _distillation(student, family, inputs, batch, condition, settings) -> dict[s
         hidden = decoder(**inputs.kwargs).last_hidden_state
         follows = next_is_text(~inputs.visual_mask, batch["attention_mask"])
         head = family.lm_head(student)
-        kl, ce = kd_terms(hidden, target, head, batch["labels"], follows, chunk_size=settings.kl_chunk)
+        kl, ce = kd_terms(hidden, target, head, batch.labels, follows, chunk_size=settings.kl_chunk)
         return {"loss": settings.kl_weight * kl + settings.ce_weight * ce, "kl": kl, "ce": ce}
 
 # %% ../nbs/36_trainer.ipynb #c034
 @phase("tower")
 def _tower(student, family, batch):
     with _blaming_the_batch():
-        return family.language_inputs(student, batch)
+        return family.language_inputs(student, batch.model_inputs)
 
 
 def step_loss(
     stage: int,
     student: nn.Module,  # paired with its teacher
     family: Family,
-    batch: dict,  # on the device
-    keys: list[str],  # of its samples
+    batch: Batch,  # on the student's device
     condition: Condition,
     settings: TrainSettings,
     cached: Callable[[Tensor], Tensor] | None = None,  # mask -> a cache's values there, for `alignment_weights`
@@ -241,7 +240,7 @@ def step_loss(
     if stage == 0:
         return _orientation(student, family, inputs, batch)
     if stage < 3:
-        return _alignment(student, family, inputs, batch, keys, condition, settings, cached)
+        return _alignment(student, family, inputs, batch, condition, settings, cached)
     return _distillation(student, family, inputs, batch, condition, settings)
 
 # %% ../nbs/36_trainer.ipynb #c025
@@ -285,7 +284,7 @@ def _update(terms, parameters, optimizer, lr, grad_clip, accelerator) -> dict[st
     return values
 
 # %% ../nbs/36_trainer.ipynb #c049
-def _next_batch(batches, accelerator) -> tuple[dict, int, list]:
+def _next_batch(batches, accelerator) -> tuple[Batch, int, list]:
     """This process's next batch; the unpadded positions and the skipped samples of all processes.
 
     Raises BadBatch in every process if one has none."""
@@ -295,7 +294,7 @@ def _next_batch(batches, accelerator) -> tuple[dict, int, list]:
         if isinstance(batch, Failed):
             failed = batch
         else:
-            tokens, skipped, _ = int(batch["attention_mask"].sum()), batch.pop("skipped"), batch["keys"]
+            tokens, skipped = int(batch["attention_mask"].sum()), batch.skipped
     except Exception as error:  # a worker has died, or a batch lacks what a step needs
         failed = Failed(one_line(error), error)
     counts = torch.tensor([tokens, len(skipped), bool(failed)])
@@ -469,7 +468,7 @@ def _as_it_is(batch):
 def _cached_of(cache, run, batch):
     "A function that returns the cache's values for a batch at a mask; None without a cache."
     layers = len(replaced_indices(run.student)) if run.condition.weights == "layer_gradient" else None
-    return None if cache is None else partial(cached_values, cache, batch["cache_keys"], batch["keys"], layers)
+    return None if cache is None else partial(cached_values, cache, batch.cache_keys, batch.keys, layers)
 
 # %% ../nbs/36_trainer.ipynb #c050
 def train(
@@ -494,15 +493,13 @@ def train(
             run.step, run.tokens = run.step + 1, run.tokens + tokens
             run.skipped.update(reason for _, _, reason in skipped)
             lr = learning_rate(settings, run.tokens)
-            with _naming(f"{where} on samples {', '.join(batch['keys'])}", run.folder):
+            with _naming(f"{where} on samples {', '.join(batch.keys)}", run.folder):
                 if skipped:
                     check_skipped(run.skipped, run.step * settings.batch_size, run.tokens, settings, skipped[-1][1])
                 cached = _cached_of(cache, run, batch)
-                tensors = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+                batch = batch.to(device)
                 with autocast:
-                    terms = step_loss(
-                        stage, run.student, run.family, tensors, batch["keys"], condition, settings, cached
-                    )
+                    terms = step_loss(stage, run.student, run.family, batch, condition, settings, cached)
                 parameters = [*run.mixers.values()]
                 values = _update(terms, parameters, run.optimizer, lr, settings.grad_clip, run.accelerator)
             run.seconds = time.perf_counter() - began
@@ -597,7 +594,7 @@ def distill(
     student: nn.Module,  # from to_hybrid; it is trained in place
     teacher: nn.Module,  # it was made from this one
     dataset,  # of `Sample`s, or of rows with messages, read by index; with or without an end
-    collate: Callable,  # samples -> batch with input_ids, attention_mask, labels, images, keys
+    collate: Callable,  # samples -> `Batch`, or a mapping of its tensors with labels and keys
     condition: Condition,
     settings: TrainSettings,
     out: str | Path,  # the run's folder; a run that was stopped goes on from its last checkpoint

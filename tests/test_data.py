@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 
 import tiny
@@ -55,9 +57,9 @@ def over_white(rgb, alpha=ALPHA):
 
 
 def photograph(orientation, kind="png"):
-    exif = Image.Exif()
+    exif, turned = Image.Exif(), TURNED[orientation - 1]
     exif[0x0112] = orientation
-    stored = PAGE if TURNED[orientation - 1] is None else PAGE.transpose(TURNED[orientation - 1])
+    stored = PAGE if turned is None else PAGE.transpose(turned)
     return encoded(stored, kind, exif=exif, **dict(lossless=True) if kind == "webp" else {})
 
 
@@ -165,13 +167,10 @@ def test_every_way_to_the_model_goes_by_what_is_seen(family, tmp_path):
     file = tmp_path / "a page.png"
     file.write_bytes(photograph(6))
 
-    def chat(key, image):
-        return [dict(role="user", content=[{"type": "image", key: image}, dict(type="text", text="total?")])]
-
     def asked(key, image):
-        return processor.apply_chat_template(chat(key, image), tokenize=True, return_dict=True, return_tensors="pt")[
-            "pixel_values"
-        ]
+        chat = [dict(role="user", content=[{"type": "image", key: image}, dict(type="text", text="total?")])]
+        batch = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        return batch["pixel_values"]
 
     right = processor(text=[see], images=[PAGE], return_tensors="pt")["pixel_values"]
     for key, image in (
@@ -188,10 +187,8 @@ def test_every_way_to_the_model_goes_by_what_is_seen(family, tmp_path):
     ):
         assert torch.equal(asked(key, image), right), (key, type(image))
     for images in ([[PAGE], [file]], [(PAGE, [file])], np.stack([RGB, RGB]), [torch.from_numpy(np.stack([RGB, RGB]))]):
-        assert torch.equal(
-            processor(text=[see, see], images=images, return_tensors="pt")["pixel_values"],
-            right.repeat(2, *[1] * (right.ndim - 1)),
-        )
+        both = processor(text=[see, see], images=images, return_tensors="pt")["pixel_values"]
+        assert torch.equal(both, torch.cat([right, right]))
     batch = collate([Sample("a", [str(file)], [("total?", "42")])], processor)
     assert torch.equal(batch["pixel_values"], right)
     with pytest.raises(ValueError, match="do_rescale"):
@@ -225,9 +222,8 @@ def test_what_is_no_image_is_named_in_one_line(name, given, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval sets it
     with pytest.raises(ValueError, match=name) as caught:
         viewed_images([given])
-    assert (
-        str(caught.value).startswith("can't decode ") and "\n" not in str(caught.value) and len(str(caught.value)) < 300
-    )
+    said = str(caught.value)
+    assert said.startswith("can't decode ") and "\n" not in said and len(said) < 300
 
 
 THIN = [(1, 1), (1, 64), (64, 1), (15, 16), (7, 90), (3, 600), (33, 1)]
@@ -236,18 +232,15 @@ THIN = [(1, 1), (1, 64), (64, 1), (15, 16), (7, 90), (3, 600), (33, 1)]
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_image_thinner_than_a_merge_block_is_scaled_up(family):
-    processor, teacher = tiny.processor(family), tiny.teacher(family)
-    for width, height in THIN:
-        image = tiny.page(width, height)
+    processor, teacher, kind = tiny.processor(family), tiny.teacher(family), family_of(tiny.config(family))
+    tiles = dict(crop_to_patches=True) if family == "internvl" else {}
+    for image in (tiny.page(*size) for size in THIN):
         if max(image.size) > processor.aspect_limit * min(image.size):
             continue
         batch = collate([Sample("thin", [image], [("total?", "42")])], processor)
-        stock = processor.image_processor(
-            images=[image], return_tensors="pt", **dict(crop_to_patches=True) if family == "internvl" else {}
-        )
+        stock = processor.image_processor(images=[image], return_tensors="pt", **tiles)
         assert torch.equal(batch["pixel_values"], stock["pixel_values"])
-        interface = family_of(teacher)
-        assert interface.density(interface.language_inputs(teacher, batch)).isfinite().all()
+        assert kind.density(kind.language_inputs(teacher, batch.model_inputs)).isfinite().all()
 
 
 PARTS = "{% for c in m.content %}{{ 'SEE' if c.type == 'image' else c.text }}{% endfor %}"
@@ -300,10 +293,10 @@ TEMPLATES = {  # the template, the answers, and what is learned of them
 
 
 def talking(family, template):
+    "A processor with this template."
     processor = tiny.processor(family)
-    processor.tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]}
-    )
+    roles = ["<|im_start|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": roles})
     processor.chat_template = template.replace("SEE", tiny.TINY[family].see)
     return processor
 
@@ -407,18 +400,10 @@ PAGE_ASKED = [dict(role="user", content="total?"), dict(role="assistant", conten
 def test_a_sample_that_cannot_be_used_is_named_whichever_of_the_batch_it_is(reason, bad):
     for family in ("qwen3_vl", "internvl", "minicpmv"):
         processor, good = tiny.processor(family), Sample("good", [PAGE], [("total?", "42")])
-        given = (
-            bad
-            if isinstance(bad, dict)
-            else Sample(
-                bad.key,
-                bad.images,
-                [
-                    tuple(t.replace("SEE", processor.image_token) if isinstance(t, str) else t for t in turn)
-                    for turn in bad.turns
-                ],
-            )
-        )
+        given = bad
+        if isinstance(bad, Sample) and "SEE" in str(bad.turns):
+            see = lambda text: text.replace("SEE", processor.image_token)
+            given = replace(bad, turns=[tuple(map(see, bad.turns[0]))])
         if "times the other" in reason and family == "internvl":
             continue  # whose tiles take any
         for samples in ([given], [good, given, good]):
@@ -445,20 +430,10 @@ def test_a_sample_without_a_label_is_named_and_refused_or_skipped_by_distill(rea
         processor = tiny.processor(family)
         with pytest.warns(UserWarning, match=f"^sample 'bad': .*{reason}"):
             batch = collate([good, given, good], processor, max_length=90)
-        assert list(batch["unlabelled"]) == [1] and learned(batch, processor) == [
-            ["42<|im_end|>"],
-            [],
-            ["42<|im_end|>"],
-        ]
+        assert list(batch.unlabelled) == [1] and learned(batch, processor) == [["42<|im_end|>"], [], ["42<|im_end|>"]]
     teacher, settings = tiny.teacher("minicpmv"), TrainSettings(token_budget=100, batch_size=2)
-    begin = partial(
-        distill,
-        to_hybrid(teacher),
-        teacher,
-        collate=partial(collate, processor=processor, max_length=90),
-        condition=CONDITIONS["C1"],
-        progress=False,
-    )
+    capped = partial(collate, processor=processor, max_length=90)
+    begin = partial(distill, to_hybrid(teacher), teacher, collate=capped, condition=CONDITIONS["C1"], progress=False)
     with pytest.warns(UserWarning):
         with pytest.raises(ValueError, match=rf"^sample 'bad': .*{reason}.* at step 1 \(stage 3\); no checkpoint"):
             begin(dataset=[given], settings=settings, out=tmp_path / "a")
@@ -482,11 +457,6 @@ def test_a_batch_that_fails_in_the_processor_names_its_sample(monkeypatch):
         collate(samples, processor)
 
 
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter(ROWS)
-
-
 class Broken:
     "Rows of which some can't be read."
 
@@ -502,13 +472,14 @@ class Broken:
         return dict(messages=PAGE_ASKED, image=PAGE)
 
 
-def streamed():
-    from datasets import Dataset
-
-    return Dataset.from_list([dict(messages=PAGE_ASKED)]).to_iterable_dataset()
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
 
 
 class ByIndex:
+    "Rows without an end."
+
     def __getitem__(self, i):
         return dict(messages=PAGE_ASKED, image=PAGE)
 
@@ -544,17 +515,14 @@ def test_rows_are_read_as_they_are(kind):
     for family in FAMILIES:
         processor = tiny.processor(family)
         batch = collate([row, Sample("good", [PAGE], [("total?", "42")])], processor)
-        assert learned(batch, processor)[0] == ["42<|im_end|>"] and batch["keys"] == ["0", "good"]
+        assert learned(batch, processor)[0] == ["42<|im_end|>"] and batch.keys == ["0", "good"]
         page = processor.decode(collate([Sample("", [PAGE], [("", "42")])], processor)["input_ids"][0]).split(":")[0]
         if family != "minicpmv":
-            assert "".join(page if part == "image" else part for part in expected) in processor.decode(
-                batch["input_ids"][0]
-            )
+            shown = "".join(page if part == "image" else part for part in expected)
+            assert shown in processor.decode(batch["input_ids"][0])
 
 
 def test_rows_of_datasets_are_read_as_they_are(tmp_path):
-    from datasets import Dataset, Image as ImageFeature, List
-
     PAGE.save(tmp_path / "page.png")
     row = lambda image: asked(OF, PLACE, answer=[OF], images=[image])
     table = Dataset.from_list([row(str(tmp_path / "page.png"))] * 2)
@@ -565,28 +533,23 @@ def test_rows_of_datasets_are_read_as_they_are(tmp_path):
         assert np.array_equal(np.asarray(viewed(read[1].images[0])), RGB)
 
 
-@pytest.mark.parametrize("kind", ["list", "tuple", "samples", "tensors", "objects"])
-def test_what_is_read_by_index_is_a_data_set(kind):
-    given = dict(
-        list=[ROWS["strings"][0]],
-        tuple=(ROWS["text"][0],),
-        samples=[Sample("a", [], [("a", "b")])],
-        tensors=[dict(ids=torch.zeros(3))],
-        objects=[object()],
-    )[kind]
-    assert (samples_of(given) is given) == (kind not in ("list", "tuple"))
+def test_what_is_read_by_index_is_a_data_set():
+    row = ROWS["strings"][0]
+    assert [samples_of(given)[0].key for given in ([row], (row,), ByIndex())] == ["0"] * 3
+    for given in ([Sample("a", [], [("a", "b")])], [dict(ids=torch.zeros(3))], [object()]):  # for one's own collate
+        assert samples_of(given) is given
     for error in (OSError, KeyError, TypeError):
         read = samples_of(Broken([0, 1], error))
         assert read[2].key == "2"
         with pytest.raises(error):
             read[0]
-    assert samples_of(ByIndex())[5].key == "5" and not hasattr(samples_of(ByIndex()), "__len__")
+    assert not hasattr(samples_of(ByIndex()), "__len__")
 
 
 NO_DATA_SETS = [[], {}, dict(train=[1]), iter([1]), {1}, None, 7, "rows.json", ["total?"], [("total?", "42")], [PAGE]]
 NO_DATA_SETS += [[dict(image=PAGE, question="total?", answer="42")], [{}], [dict(messages=None)], np.zeros((2, 3))]
 NO_DATA_SETS += [torch.zeros(2, 3), pd.DataFrame(dict(messages=[PAGE_ASKED])), Stream()]
-NO_DATA_SETS += [Broken(range(99)), streamed()]
+NO_DATA_SETS += [Broken(range(99)), Dataset.from_list([dict(messages=PAGE_ASKED)]).to_iterable_dataset()]
 
 
 @pytest.mark.parametrize("given", NO_DATA_SETS, ids=lambda given: type(given).__name__)

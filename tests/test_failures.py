@@ -22,11 +22,10 @@ from heed_nb.toyworld import FAILURES, Documents, asked_text, benchmark, failure
 
 def test_regimes_are_beside_the_ten_and_in_no_average():
     assert not set(REGIMES) & set(BENCHMARKS) and list(TASKS) == [*BENCHMARKS, *REGIMES]
-    assert not set(REGIMES) & {key for keys in AVERAGES.values() for key in keys} and not set(REGIMES) & set(ROWS)
     assert {b.group for b in REGIMES.values()} == {"regime"} and len(FINE_GRAINED + REASONING) == 10
-    assert [path.stem for path in task_files("toy", list(REGIMES))] == list(REGIMES) and not task_files(
-        "paper", list(REGIMES)
-    )
+    assert not set(REGIMES) & {*ROWS, *(key for keys in AVERAGES.values() for key in keys)}
+    assert [path.stem for path in task_files("toy", list(REGIMES))] == list(REGIMES)
+    assert not task_files("paper", list(REGIMES))
 
 
 def run_of(condition, seed, measured):
@@ -43,12 +42,9 @@ def run_of(condition, seed, measured):
 
 def test_a_regimes_score_moves_no_average_and_no_table():
     ten = {key: 50.0 + i for i, key in enumerate(BENCHMARKS)}
-    alone, beside = (
-        scores([run_of("C0", None, measured), run_of("C4", 0, measured)])
-        for measured in (ten, ten | {"texture": 0.0, "smooth": 100.0})
-    )
+    rows = lambda measured: scores([run_of("C0", None, measured), run_of("C4", 0, measured)])
+    alone, beside = rows(ten), rows(ten | {"texture": 0.0, "smooth": 100.0})
     assert beside[~beside.row.isin(REGIMES)].reset_index(drop=True).equals(alone)
-    assert sorted(beside[beside.condition == "C4"].row.tail(2)) != []
     assert beside[beside.row == "smooth"].score.tolist() == [100, 100]
     assert score_table(beside, 100).equals(score_table(alone, 100))
 
@@ -77,10 +73,9 @@ def test_the_plain_shape_has_its_colour_and_no_print_on_it():
         assert COLOURS[q.answer] == tuple(centre) and shape.colour == q.answer
         assert (pixels == COLOURS[q.answer]).all(-1).mean() > 0.45  # a triangle covers half of its box
         assert sorted(q.choices) == sorted(COLOURS) and q.question.split("? ")[0] == f"colour of {shape.name}"
-        assert len(q.page.texts) == 10 and not any(
-            t.x <= shape.x + shape.size and t.x + 24 > shape.x and t.y <= shape.y + shape.size and t.y + 16 > shape.y
-            for t in q.page.texts
-        )
+        beside = lambda t: t.x <= shape.x + shape.size and t.x + 24 > shape.x
+        level = lambda t: t.y <= shape.y + shape.size and t.y + 16 > shape.y
+        assert len(q.page.texts) == 10 and not any(beside(text) and level(text) for text in q.page.texts)
 
 
 def test_regimes_are_a_function_of_their_seed():
@@ -98,11 +93,6 @@ def test_training_pages_are_those_the_committed_teacher_saw():
     assert zlib.crc32("".join(map(repr, pages)).encode()) == 2845936255
 
 
-def test_the_paper_suite_has_no_regimes(tmp_path):
-    with pytest.raises(ValueError, match="unknown benchmark 'texture'; some of ocrbench_v2"):
-        evaluate(tmp_path, suite="paper", benchmarks=["texture"])
-
-
 def test_the_committed_teacher_answers_both(root):
     how = dict(benchmarks=list(REGIMES), questions=100, batch_size=100)
     assert min(evaluate(root / "outputs/teachers/toy-qwen3vl", **how)["scores"].values()) >= 95
@@ -118,14 +108,8 @@ def write_answers(folder, name, lines):
 
 
 def line(q, response):
-    return dict(
-        key=q.key,
-        benchmark=q.benchmark,
-        question=q.question,
-        answers=[q.answer],
-        response=response,
-        score=float(response == q.answer),
-    )
+    about = dict(key=q.key, benchmark=q.benchmark, question=q.question, answers=[q.answer])
+    return about | dict(response=response, score=float(response == q.answer))
 
 
 def test_pairs_and_joint_failures(tmp_path):
@@ -141,9 +125,8 @@ def test_pairs_and_joint_failures(tmp_path):
     assert 0 < len(both) < len(asked) and kinds.to_dict() == {
         q.key: {"infovqa": "F3", "docvqa": "other", "mathvista": "F1"}[q.benchmark] for q in both
     }
-    assert joint_failures(pair_answers(first, first), failure_kinds).index.to_list() == [
-        q.key for q, x in zip(asked, answers[0]) if x == "no"
-    ]
+    failed = [q.key for q, x in zip(asked, answers[0]) if x == "no"]
+    assert joint_failures(pair_answers(first, first), failure_kinds).index.to_list() == failed
 
 
 def test_answers_that_are_missing_or_to_other_questions(tmp_path):
@@ -157,64 +140,57 @@ def test_answers_that_are_missing_or_to_other_questions(tmp_path):
         read_answers(dict(name="C1", path=tmp_path / "C1" / "evaluate.json"))
 
 
-@pytest.mark.parametrize("name", ["toy-internvl", "toy-minicpmv"])
-def test_figure_6_draws_the_density_of_any_familys_tower(name, root, tmp_path, monkeypatch):
+@pytest.fixture
+def page(root, tmp_path, monkeypatch):
+    "A function that runs figure 6 or figure 2 and returns what is written below it."
     monkeypatch.chdir(root)
-    asked = benchmark("docvqa", 3)
-    for condition, said in (("C3", ["no"] * 3), ("C4", [q.answer for q in asked])):
-        run = run_name(condition, 0, 2000)
-        write_answers(tmp_path / "runs", run, map(line, asked, said))
-        write_run(
-            tmp_path / "runs" / run / "evaluate.json",
-            "evaluate",
-            {},
-            dict(scores=dict(docvqa=100 * (condition == "C4")), n=dict(docvqa=3)),
-        )
-    notebook(
-        root,
-        "figure_06",
-        runs=tmp_path / "runs",
-        out=tmp_path,
-        token_budget=2000,
-        conditions=["C3", "C4"],
-        teacher=f"outputs/teachers/{name}",
-    )
-    assert (tmp_path / "figures/figure_06.png").read_bytes().startswith(
-        b"\x89PNG"
-    ) and "C3 fails and C4 answers 3 of 3" in (tmp_path / "tables/figure_06.md").read_text()
+
+    def run(name, **given):
+        notebook(root, name, out=tmp_path, **given)
+        assert (tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+        return (tmp_path / f"tables/{name}.md").read_text()
+
+    return run
+
+
+def put_runs(folder, said, measured):
+    "Runs by condition, with these answers to three questions; `measured` gives a condition's scores."
+    for condition, answers in said.items():
+        run, scores = run_name(condition, 0, 2000), measured(condition)
+        write_answers(folder, run, map(line, benchmark("docvqa", 3), answers))
+        numbers = dict(scores=scores, n=dict.fromkeys(scores, 3))
+        write_run(folder / run / "evaluate.json", "evaluate", {}, numbers)
+    return dict(runs=folder, token_budget=2000)
+
+
+WRONG, RIGHT = ["no"] * 3, [q.answer for q in benchmark("docvqa", 3)]
+
+
+@pytest.mark.parametrize("name", ["toy-internvl", "toy-minicpmv"])
+def test_figure_6_draws_the_density_of_any_familys_tower(name, page, tmp_path):
+    given = put_runs(tmp_path / "runs", dict(C3=WRONG, C4=RIGHT), lambda c: dict(docvqa=100 * (c == "C4")))
+    text = page("figure_06", conditions=["C3", "C4"], teacher=f"outputs/teachers/{name}", **given)
+    assert "C3 fails and C4 answers 3 of 3" in text
 
 
 @pytest.mark.parametrize("name", ["toy-glm4v", "toy-minicpmv"])
-def test_figure_2_is_of_any_familys_tower(name, root, tmp_path, monkeypatch):
-    monkeypatch.chdir(root)
-    notebook(root, "figure_02", out=tmp_path, teacher=f"outputs/teachers/{name}")
-    assert (tmp_path / "figures/figure_02.png").read_bytes().startswith(b"\x89PNG") and f"outputs/teachers/{name}" in (
-        tmp_path / "tables/figure_02.md"
-    ).read_text()
+def test_figure_2_is_of_any_familys_tower(name, page):
+    assert f"outputs/teachers/{name}" in page("figure_02", teacher=f"outputs/teachers/{name}")
 
 
-def test_figure_6_of_another_pair_and_a_regime_at_its_ceiling(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(root)
-    asked = benchmark("docvqa", 3)
-    for condition, said in (("C2", ["no"] * 3), ("C4", ["no"] * 3), ("C5", [q.answer for q in asked])):
-        run = run_name(condition, 0, 2000)
-        write_answers(tmp_path / "runs", run, map(line, asked, said))
-        measured = dict(docvqa=50, texture=10 * int(condition[1]), smooth=100)
-        write_run(
-            tmp_path / "runs" / run / "evaluate.json",
-            "evaluate",
-            {},
-            dict(scores=measured, n=dict.fromkeys(measured, 3)),
-        )
-    page = lambda **given: [
-        notebook(root, "figure_06", runs=tmp_path / "runs", out=tmp_path, token_budget=2000, **given),
-        (tmp_path / "tables/figure_06.md").read_text(),
-    ][1]
-    text = page(pair=["C2", "C5"])
-    assert "C2 fails and C5 answers 3 of 3" in text and "An answer is right here where it scores 1" in text
-    assert "| C5 – C4 | +10.0 (n=1)" in " ".join(text.split())
-    assert "At the ceiling of 100 with every condition: Smooth evidence." in text
-    assert "**Missing**: no run of C3 at 2,000 tokens, so no pair is shown." in page(conditions=["C4"])
+def test_figure_6_of_another_pair_and_a_regime_at_its_ceiling(page, tmp_path):
+    measured = lambda condition: dict(docvqa=50, texture=10 * int(condition[1]), smooth=100)
+    given = put_runs(tmp_path / "runs", dict(C2=WRONG, C4=WRONG, C5=RIGHT), measured)
+    text = " ".join(page("figure_06", pair=["C2", "C5"], **given).split())
+    for found in (
+        "C2 fails and C5 answers 3 of 3",
+        "An answer is right here where it scores 1",
+        "| C5 – C4 | +10.0 (n=1)",
+        "At the ceiling of 100 with every condition: Smooth evidence.",
+    ):
+        assert found in text
+    missing = "**Missing**: no run of C3 at 2,000 tokens, so no pair is shown."
+    assert missing in page("figure_06", conditions=["C4"], **given)
 
 
 # Kinds of failure
@@ -226,10 +202,8 @@ def test_a_failure_is_of_the_kind_its_page_says(key):
         text, wrong = asked_text(q), "zz"
         if key in (*FINE_GRAINED, "texture"):
             assert text.string == q.answer and dict(q.page.fields)[text.field] == q.answer
-            boxes = [glyph(c, text.font, text.size)[0].size for c in q.answer]
-            assert failure(q, wrong) == ("F3" if all(max(box) <= PATCH for box in boxes) else "other") and (
-                failure(q, wrong) == "F3"
-            ) == (text.size == 11)
+            small = all(max(glyph(c, text.font, text.size)[0].size) <= PATCH for c in q.answer)
+            assert small == (text.size == 11) and failure(q, wrong) == ("F3" if small else "other")
             for value in {value for _, value in q.page.fields} - {q.answer}:
                 assert failure(q, f" {value}\n") == "F1"
         else:
@@ -249,16 +223,16 @@ def test_the_claim_counts_ocrbench_alone(tmp_path):
     from heed_nb.claims import MEASURES, Evidence
 
     asked = [*benchmark("ocrbench_v2", 40), *benchmark("mathvista", 5)]
-    for name, condition in (("C1-seed0-budget100", "C1"), ("C4-seed0-budget100", "C4")):
+    for name in ("C1-seed0-budget100", "C4-seed0-budget100"):
         write_answers(tmp_path, name, [line(q, "zz") for q in asked])
-        (tmp_path / name / "evaluate.json").write_text(
-            json.dumps(dict(kind="evaluate", parameters={}, numbers=dict(scores={}, n={}), provenance={}))
-        )
-    scale = SimpleNamespace(token_budget=100)
+        run = dict(kind="evaluate", parameters={}, numbers=dict(scores={}, n={}), provenance={})
+        (tmp_path / name / "evaluate.json").write_text(json.dumps(run))
+    failures = lambda *kinds: MEASURES["failures"](
+        Evidence(tmp_path, SimpleNamespace(token_budget=100), *kinds), "C1", "C4"
+    )
     small = sum(asked_text(q).size == 11 for q in asked[:40])
-    found = MEASURES["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4")
+    found = failures(failure_kinds)
     assert 0 < small < 40 and found.value == pytest.approx(100 * small / 40) and found.why == "one seed"
-    assert "told from toy pages" in MEASURES["failures"](Evidence(tmp_path, scale), "C1", "C4").why
+    assert "told from toy pages" in failures().why
     (tmp_path / "C1-seed0-budget100" / "answers.jsonl").unlink()
-    why = MEASURES["failures"](Evidence(tmp_path, scale, failure_kinds), "C1", "C4").why
-    assert "no answers.jsonl in C1-seed0-budget100" in why
+    assert "no answers.jsonl in C1-seed0-budget100" in failures(failure_kinds).why

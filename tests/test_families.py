@@ -557,19 +557,18 @@ def conversation(family):
 def test_a_step_reaches_every_mixer_and_nothing_else(family, mixer, stage):
     teacher = tiny.teacher(family)
     student, batch = to_hybrid(teacher, mixer=mixer), collate(conversation(family), PROCESSORS[family])
-    keys, inputs = batch.pop("keys"), {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
-        before = teacher(**inputs).logits
+        before = teacher(**batch.model_inputs).logits
     pair_with_teacher(student, teacher)
     settings = TrainSettings(token_budget=1000)
-    loss = step_loss(stage, student, family_of(student), batch, keys, CONDITIONS["C4"], settings)["loss"]
+    loss = step_loss(stage, student, family_of(student), batch, CONDITIONS["C4"], settings)["loss"]
     loss.backward()
     assert loss.isfinite() and loss > 0
     mixers = mixer_parameters(student)
     assert {name for name, p in student.named_parameters() if p.grad is not None} == mixers.keys()
     assert all(p.grad.any() for p in mixers.values())
     with torch.no_grad(), teacher_path(student):
-        assert torch.equal(student(**inputs).logits, before)
+        assert torch.equal(student(**batch.model_inputs).logits, before)
 
 
 # The paper's size

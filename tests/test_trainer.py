@@ -29,7 +29,7 @@ import tiny
 from heed_nb import files, losses, schedule, streams, trainer
 from heed_nb import checkpoints as checkpointing
 from heed_nb.conditions import CONDITIONS, TrainSettings
-from heed_nb.data import BadSample
+from heed_nb.data import BadSample, Batch
 from heed_nb.density import position_weights
 from heed_nb.hybrid import mixer_parameters, to_hybrid, transferred_parameters
 from heed_nb.streams import pair_with_teacher, teacher_path
@@ -331,8 +331,9 @@ def paired(family):
 def test_gradient_weights_of_a_step_are_eq_7(family):
     "The risk differentiated with a hook on each aligned layer of the teacher; residuals of a pass without it."
     model, kind, layers, batch, inputs = paired(family)
-    batch["labels"] = batch["input_ids"].masked_fill(inputs.visual_mask, -100)
-    batch["labels"][:, :-3] = -100
+    labels = batch["input_ids"].masked_fill(inputs.visual_mask, -100)
+    labels[:, :-3] = -100
+    labelled = Batch(batch, labels, list("abcd"))
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -341,15 +342,13 @@ def test_gradient_weights_of_a_step_are_eq_7(family):
             lambda student, target, weights, distance: seen.update(target=target, weights=weights),
         )
         for condition in ("C3", "C5", "+LD", "+SL"):
-            trainer.step_loss(
-                2, model.train().requires_grad_(False), kind, batch, list("abcd"), CONDITIONS[condition], SETTINGS
-            )
+            trainer.step_loss(2, model.train().requires_grad_(False), kind, labelled, CONDITIONS[condition], SETTINGS)
             seen[condition] = seen.pop("target"), seen.pop("weights")
     teacher = tiny.teacher(family)
     with losses.record_outputs(kind.layers(teacher)[:3]) as outputs:
         hidden = kind.decoder(teacher)(**kind.language_inputs(teacher, batch).kwargs).last_hidden_state
     logits = kind.lm_head(teacher)(hidden)[:, :-1]
-    risk = sum(torch.nn.functional.cross_entropy(rows, labels) for rows, labels in zip(logits, batch["labels"][:, 1:]))
+    risk = sum(torch.nn.functional.cross_entropy(*pair) for pair in zip(logits, labels[:, 1:]))
     s = torch.stack([g.square().sum(-1) for g in torch.autograd.grad(risk, outputs)])
     real = batch["attention_mask"]
     for condition, expected in (("C5", s.sum(0)), ("+LD", s), ("+SL", s[1])):
@@ -379,7 +378,7 @@ def test_a_conditions_own_tau_and_beta_are_those_of_its_weights(monkeypatch):
         for given in own.values()
     ]
     for name in own:
-        trainer.step_loss(2, model, kind, batch, list("abcd"), CONDITIONS[name], settings)
+        trainer.step_loss(2, model, kind, Batch(batch, None, list("abcd")), CONDITIONS[name], settings)
     torch.testing.assert_close(used, expected, rtol=0, atol=0)
     assert not any(one.allclose(other) for one, other in combinations(used, 2))
 

@@ -294,12 +294,10 @@ def distilled(toy, out, condition="C4", settings=SETTINGS, teacher=None, data=Fe
 def test_cached_density_is_the_towers_within_half_a_step(toy):
     documents = [FewPages()[i] for i in range(8)]
     batch = toy.collate(documents)
-    inputs = family_of(toy.teacher).language_inputs(
-        toy.teacher, {k: v for k, v in batch.items() if k not in ("labels", "keys")}
-    )
+    inputs = family_of(toy.teacher).language_inputs(toy.teacher, batch.model_inputs)
     exact = family_of(toy.teacher).density(inputs)
-    keys = cached_weights.with_cache_keys(toy.collate, toy.cache.identity, documents)["cache_keys"]
-    kept = cached_weights.cached_values(toy.cache, keys, batch["keys"], None, inputs.visual_mask)
+    keys = cached_weights.with_cache_keys(toy.collate, toy.cache.identity, documents).cache_keys
+    kept = cached_weights.cached_values(toy.cache, keys, batch.keys, None, inputs.visual_mask)
     assert len(toy.cache) == 8 and kept[5].eq(0).all() and not kept[~inputs.visual_mask].any()
     for row, near, visual in zip(exact, kept, inputs.visual_mask):
         if visual.any():
@@ -489,7 +487,7 @@ def sensitivities(toy, documents, condition):
     for document in documents:
         batch = toy.collate([document])
         with record_outputs(family_of(toy.teacher).layers(toy.teacher)[i] for i in LAYERS) as outputs:
-            loss = toy.teacher(**{k: v for k, v in batch.items() if k != "keys"}).loss
+            loss = toy.teacher(**batch.model_inputs, labels=batch.labels).loss
         sensitivity = torch.stack([g.square().sum(-1) for g in torch.autograd.grad(loss, outputs)])
         found.append(GRADIENTS[condition.weights](sensitivity)[..., 0, :])
     return found
@@ -501,12 +499,8 @@ def test_cached_gradient_weights_are_the_teachers_within_half_a_level(toy, gradi
     documents, condition, cache = [FewPages()[i] for i in range(8)], CONDITIONS[name], gradients(name)
     batch = cached_weights.with_cache_keys(toy.collate, cache.identity, documents)
     mask, settings = batch["attention_mask"], replace(SETTINGS, temper=temper)
-    cached = partial(
-        cached_weights.cached_values, cache, batch["cache_keys"], batch["keys"], 3 if name == "+LD" else None
-    )
-    weights = trainer.alignment_weights(
-        condition, settings, None, LanguageInputs({}, mask > 2, []), mask, batch["keys"], cached
-    )
+    cached = partial(cached_weights.cached_values, cache, batch.cache_keys, batch.keys, 3 if name == "+LD" else None)
+    weights = trainer.alignment_weights(condition, settings, None, LanguageInputs({}, mask > 2, []), batch, cached)
     assert weights[..., mask == 0].abs().sum() == 0 and torch.allclose(weights.sum(-1), mask.sum(-1).float())
     for i, s in enumerate(sensitivities(toy, documents, condition)):
         kept, there = weights[..., i, :][..., mask[i] > 0], (s / s.amax(-1, keepdim=True)).pow(1 / 6)
@@ -627,18 +621,15 @@ def test_another_question_or_answer_is_another_record(toy, gradients, tmp_path):
     ]
     keys = cached_weights.with_cache_keys(
         toy.collate, gradients("C5").identity, [document, *changed, replace(document, key="renamed")]
-    )["cache_keys"]
+    ).cache_keys
     assert (
         len(set(keys)) == 4
         and keys[0] == keys[4]
         and [key in gradients("C5") for key in keys] == [True, False, False, False, True]
     )
-    masked = lambda samples: (
-        (batch := toy.collate(samples)) | {"labels": batch["labels"].clamp(max=-100)}
-    )  # the same text, asked for no answer
-    assert cached_weights.with_cache_keys(masked, gradients("C5").identity, [document])["cache_keys"][
-        0
-    ] not in gradients("C5")
+    unasked = lambda samples: replace(batch := toy.collate(samples), labels=batch.labels.clamp(max=-100))
+    [key] = cached_weights.with_cache_keys(unasked, gradients("C5").identity, [document]).cache_keys
+    assert key not in gradients("C5")
 
     class Changed(FewPages):
         def __getitem__(self, i):
