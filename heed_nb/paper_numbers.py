@@ -117,7 +117,7 @@ def made_up_runs(
 # %% ../nbs/63_paper_numbers.ipynb #c083
 class _Ledger(list):
     def note(self, place, quantity, says, against, value, *, slack=None, bound=False):
-        "Add what `place` says of a quantity beside its `value`: they agree to the last digit said, or within `slack`."
+        "Compare what `place` says of a quantity with its `value`, to the last digit said or within `slack`."
         digits = len(says.partition(".")[2])
         slack = 0.5 * 10**-digits if slack is None else slack
         agrees = abs(value) <= float(says) + 1e-9 if bound else abs(value - float(says)) <= slack + 1e-9
