@@ -15,7 +15,7 @@ import pandas as pd
 from .conditions import CONDITIONS, TASKS
 from .files import write_file
 from .paper_numbers import LADDER, PAPER_TEACHERS, VARIANTS, paper_on_teacher, paper_score
-from .runs import model_family, read_runs
+from .runs import model_family
 from .statistics import AVERAGES, BESIDE_SCORES, ROWS, TITLES, at_budget, contrast, means, scores
 
 # %% ../nbs/64_tables.ipynb #c044
