@@ -307,7 +307,7 @@ class OpenPage:
 def open_page(
     name: str,  # a key of `PAGES`
     given: dict,  # globals() of its notebook, after the cell of parameters
-    also: Iterable[str] = (),  # conditions that it shows beside
+    also: Iterable[str] = (),  # further conditions that it shows
 ) -> OpenPage:
     "A page with the notebook's parameters. Raises ValueError on a wrong one, and on a part of a page without an `out`."
     check_notebook(f"paper/{name}", given)

@@ -115,277 +115,154 @@ def made_up_runs(
     return Path(folder)
 
 # %% ../nbs/63_paper_numbers.ipynb #c083
-class _Ledger(list):
-    def note(self, place, quantity, says, against, value, *, slack=None, bound=False):
-        "Add what `place` says of a quantity beside its `value`: they agree to the last digit said, or within `slack`."
-        digits = len(says.partition(".")[2])
-        slack = 0.5 * 10**-digits if slack is None else slack
-        agrees = abs(value) <= float(says) + 1e-9 if bound else abs(value - float(says)) <= slack + 1e-9
-        self.append(
-            dict(
-                place=place,
-                quantity=quantity,
-                says=("at most " if bound else "") + says,
-                against=against,
-                recomputed=round(value, 4),
-                difference=round((abs(value) if bound else value) - float(says), 4),
-                agrees=agrees,
-            )
-        )
+def _check(place, quantity, says, against, value, slack=None):
+    bound, number = says.startswith("at most "), says.removeprefix("at most ")
+    slack = 0.5 * 10 ** -len(number.partition(".")[2]) if slack is None else slack
+    value_said = abs(value) if bound else value
+    agrees = value_said <= float(number) + 1e-9 if bound else abs(value - float(number)) <= slack + 1e-9
+    line = dict(place=place, quantity=quantity, says=says, against=against, recomputed=round(value, 4))
+    return line | dict(difference=round(value_said - float(number), 4), agrees=agrees)
 
 # %% ../nbs/63_paper_numbers.ipynb #c083aver
-def _check_averages(note, table, printed):
+def _averages():
     for n in (1, 4, 5):
-        for c in table[n]:
-            for row in [row for row in AVERAGES if row in table[n].index]:
-                note(
-                    f"Tab. {n}",
-                    f"{c}, {TITLES[row]}",
-                    printed[n].loc[row, c],
-                    f"Tab. {n}'s benchmarks",
-                    table[n].loc[list(AVERAGES[row]), c].mean(),
-                )
+        table, printed = paper_table(n), paper_table(n, printed=True)
+        for c in table:
+            for row in [row for row in AVERAGES if row in table.index]:
+                mean = table.loc[list(AVERAGES[row]), c].mean()
+                yield f"Tab. {n}", f"{c}, {TITLES[row]}", printed.loc[row, c], f"Tab. {n}'s benchmarks", mean
             if c != "C0":
-                note(
-                    f"Tab. {n}",
-                    f"{c}, Δ vs. teacher",
-                    printed[n].loc["delta", c],
-                    f"Tab. {n}'s averages",
-                    table[n].loc["average", c] - table[n].loc["average", "C0"],
-                )
+                distance = table.loc["average", c] - table.loc["average", "C0"]
+                yield f"Tab. {n}", f"{c}, Δ vs. teacher", printed.loc["delta", c], f"Tab. {n}'s averages", distance
 
 # %% ../nbs/63_paper_numbers.ipynb #c083prin
-def _check_printed_twice(note, table, printed):
-    for row in table[2].index:
-        for c in table[2]:
-            if printed[2].loc[row, c]:
-                note("Tab. 2", f"{c}, {TITLES[row]}", printed[2].loc[row, c], "Tab. 4", table[4].loc[row, c])
+def _printed_twice():
+    first, posttrained = paper_table(1), paper_table(4)
+    two, five, nine = (paper_table(n, printed=True) for n in (2, 5, 9))
+    for row in two.index:
+        for c in two.columns[two.loc[row] != ""]:
+            yield "Tab. 2", f"{c}, {TITLES[row]}", two.loc[row, c], "Tab. 4", posttrained.loc[row, c]
     for c in ("C0", "C4"):
-        for row in printed[5].index:
-            if printed[5].loc[row, c]:
-                note("Tab. 5", f"{c}, {TITLES[row]}", printed[5].loc[row, c], "Tab. 1", table[1].loc[row, c])
-        note(
-            "Tab. 8", f"{c}, OCRBench v2", str(table[8].loc[c, "ocrbench_v2"]), "Tab. 1", table[1].loc["ocrbench_v2", c]
-        )
-    for row in ("ocrbench_v2", "fine_grained", "average"):
-        note("Tab. 9", f"C0, {TITLES[row]}", printed[9].loc["C0", row], "Tab. 1", table[1].loc[row, "C0"])
-        note(
-            "Tab. 9",
-            f"C4 – C3, {TITLES[row]}",
-            printed[9].loc["C4-C3", row],
-            "Tab. 9's means",
-            table[9].loc["C4", row] - table[9].loc["C3", row],
-        )
+        for row in five.index[five[c] != ""]:
+            yield "Tab. 5", f"{c}, {TITLES[row]}", five.loc[row, c], "Tab. 1", first.loc[row, c]
+        ocr = first.loc["ocrbench_v2", c]
+        yield "Tab. 8", f"{c}, OCRBench v2", str(paper_table(8).loc[c, "ocrbench_v2"]), "Tab. 1", ocr
+    for row, means in paper_table(9)[["ocrbench_v2", "fine_grained", "average"]].items():
+        yield "Tab. 9", f"C0, {TITLES[row]}", nine.loc["C0", row], "Tab. 1", first.loc[row, "C0"]
+        yield "Tab. 9", f"C4 – C3, {TITLES[row]}", nine.loc["C4-C3", row], "Tab. 9's means", means.C4 - means.C3
 
 # %% ../nbs/63_paper_numbers.ipynb #c083ladd
-def _check_ladder(note, table):
-    t = table[1]
-    step = lambda a, b, row: t.loc[row, a] - t.loc[row, b]
+def _ladder():
+    table = paper_table(1)
+    step = lambda a, b, row: table.loc[row, a] - table.loc[row, b]
     for row, says in (("ocrbench_v2", "4.70"), ("fine_grained", "3.50"), ("average", "2.24")):
-        note("Tab. 1", f"C4 – C3, {TITLES[row]}", says, "Tab. 1's columns", step("C4", "C3", row))
+        yield "Tab. 1", f"C4 – C3, {TITLES[row]}", says, "Tab. 1's columns", step("C4", "C3", row)
     for row, says in (("ocrbench_v2", "8.70"), ("average", "5.13")):
-        note("Tab. 1", f"C4 – C1, {TITLES[row]}", says, "Tab. 1's columns", step("C4", "C1", row))
-    note("Sect. 5.2", "C1 to C2, average", "2.20", "Tab. 1", step("C2", "C1", "average"))
-    note("Sect. 5.2", "C2 to C3, average", "0.69", "Tab. 1", step("C3", "C2", "average"))
-    note("Fig. 1", "C1 loses on OCRBench v2", "13.3", "Tab. 1", step("C0", "C1", "ocrbench_v2"))
-    note("Sect. 1", 'C1 loses on InfoVQA, "13 points"', "13", "Tab. 1", step("C0", "C1", "infovqa"))
-    note("Abstract", 'C1 loses on document tasks, "13 points": DocVQA', "13", "Tab. 1", step("C0", "C1", "docvqa"))
-    note(
-        "Abstract",
-        'C1 loses on OCR and document tasks, "13 points": the average of six',
-        "13",
-        "Tab. 1",
-        step("C0", "C1", "fine_grained"),
-    )
+        yield "Tab. 1", f"C4 – C1, {TITLES[row]}", says, "Tab. 1's columns", step("C4", "C1", row)
+    yield "Sect. 5.2", "C1 to C2, average", "2.20", "Tab. 1", step("C2", "C1", "average")
+    yield "Sect. 5.2", "C2 to C3, average", "0.69", "Tab. 1", step("C3", "C2", "average")
+    yield "Fig. 1", "C1 loses on OCRBench v2", "13.3", "Tab. 1", step("C0", "C1", "ocrbench_v2")
+    yield "Sect. 1", 'C1 loses on InfoVQA, "13 points"', "13", "Tab. 1", step("C0", "C1", "infovqa")
+    document = 'C1 loses on document tasks, "13 points": DocVQA'
+    yield "Abstract", document, "13", "Tab. 1", step("C0", "C1", "docvqa")
+    ocr_and_document = 'C1 loses on OCR and document tasks, "13 points": the average of six'
+    yield "Abstract", ocr_and_document, "13", "Tab. 1", step("C0", "C1", "fine_grained")
     for row in REASONING:
-        note(
-            "Fig. 1",
-            f"C1 to C4 stay within 2 points of the teacher, {TITLES[row]}",
-            "2",
-            "Tab. 1",
-            max((step("C0", c, row) for c in LADDER[1:]), key=abs),
-            bound=True,
-        )
+        within, furthest = "C1 to C4 stay within 2 points of the teacher", [step("C0", c, row) for c in LADDER[1:]]
+        yield "Fig. 1", f"{within}, {TITLES[row]}", "at most 2", "Tab. 1", max(furthest, key=abs)
 
 # %% ../nbs/63_paper_numbers.ipynb #c083afte
-def _check_after_training(note, table):
-    t = table[4]
-    gap = (t["C4+"] - t["C0"])[list(BENCHMARKS)]
-    note("Sect. 5.4", "C4+ from the teacher, lowest benchmark", "-0.3", "Tab. 4", gap.min())
-    note("Sect. 5.4", "C4+ from the teacher, highest benchmark", "1.2", "Tab. 4", gap.max())
-    note("Sect. 5.4", "uniform pipelines below the teacher, least", "1.9", "Tab. 2", -table[2].loc["delta", "C3+"])
-    note("Sect. 5.4", "uniform pipelines below the teacher, most", "5.1", "Tab. 2", -table[2].loc["delta", "C1+"])
-
-    t = table[6]
-    for teacher, step_said, end_said in zip(t.index, ("3.2", "2.7", "3.7"), ("-0.6", "0.3", "-0.9")):
-        note("A.4", f"C4 – C3, {teacher}", step_said, "Tab. 6", t.loc[teacher, "C4"] - t.loc[teacher, "C3"])
-        note(
-            "A.4", f"C4+ from its teacher, {teacher}", end_said, "Tab. 6", t.loc[teacher, "C4+"] - t.loc[teacher, "C0"]
-        )
-        note(
-            "A.4",
-            f"C4+ within 1 point of its teacher, {teacher}",
-            "1",
-            "Tab. 6",
-            t.loc[teacher, "C4+"] - t.loc[teacher, "C0"],
-            bound=True,
-        )
+def _after_training():
+    four, delta, six = paper_table(4), paper_table(2).loc["delta"], paper_table(6)
+    gap = (four["C4+"] - four["C0"])[list(BENCHMARKS)]
+    yield "Sect. 5.4", "C4+ from the teacher, lowest benchmark", "-0.3", "Tab. 4", gap.min()
+    yield "Sect. 5.4", "C4+ from the teacher, highest benchmark", "1.2", "Tab. 4", gap.max()
+    yield "Sect. 5.4", "uniform pipelines below the teacher, least", "1.9", "Tab. 2", -delta["C3+"]
+    yield "Sect. 5.4", "uniform pipelines below the teacher, most", "5.1", "Tab. 2", -delta["C1+"]
+    for teacher, step, end in zip(six.index, ("3.2", "2.7", "3.7"), ("-0.6", "0.3", "-0.9")):
+        at = six.loc[teacher]
+        yield "A.4", f"C4 – C3, {teacher}", step, "Tab. 6", at["C4"] - at["C3"]
+        yield "A.4", f"C4+ from its teacher, {teacher}", end, "Tab. 6", at["C4+"] - at["C0"]
+        yield "A.4", f"C4+ within 1 point of its teacher, {teacher}", "at most 1", "Tab. 6", at["C4+"] - at["C0"]
 
 # %% ../nbs/63_paper_numbers.ipynb #c083vari
-def _check_variants(note, table):
-    t = table[5]
-    note("A.3", "C5 – C4, OCRBench v2", "0.6", "Tab. 5", t.loc["ocrbench_v2", "C5"] - t.loc["ocrbench_v2", "C4"])
-    note("A.3", "C5+ – C4+, OCRBench v2", "0.3", "A.5 (64.2) and Tab. 4", 64.2 - table[4].loc["ocrbench_v2", "C4+"])
-    note(
-        "A.5",
-        'C5+ – C4+, average ("0.25 on an average")',
-        "0.25",
-        "A.5 (78.94) and Tab. 4",
-        78.94 - table[4].loc["average", "C4+"],
-    )
-    note(
-        "A.5",
-        'C5+ – C4+, average ("+0.15 over C4+")',
-        "0.15",
-        "A.5 (78.94) and Tab. 4",
-        78.94 - table[4].loc["average", "C4+"],
-    )
-    note(
-        "A.5", "C5+ from the teacher, average", "0.53", "A.5 (78.94) and Tab. 4", 78.94 - table[4].loc["average", "C0"]
-    )
+def _variants():
+    five, four = paper_table(5).loc["ocrbench_v2"], paper_table(4)
+    ocr, average = 64.2, 78.94  # C5+, in App. A.5
+    yield "A.3", "C5 – C4, OCRBench v2", "0.6", "Tab. 5", five["C5"] - five["C4"]
+    yield "A.3", "C5+ – C4+, OCRBench v2", "0.3", "A.5 (64.2) and Tab. 4", ocr - four.loc["ocrbench_v2", "C4+"]
+    for says, quoted in (("0.25", "0.25 on an average"), ("0.15", "+0.15 over C4+")):
+        step = average - four.loc["average", "C4+"]
+        yield "A.5", f'C5+ – C4+, average ("{quoted}")', says, "A.5 (78.94) and Tab. 4", step
+    end = average - four.loc["average", "C0"]
+    yield "A.5", "C5+ from the teacher, average", "0.53", "A.5 (78.94) and Tab. 4", end
 
 # %% ../nbs/63_paper_numbers.ipynb #c083cost
-def _check_costs(note, table):
-    t = table[7]
+def _costs():
+    table = paper_table(7)
+    hours, seconds = table.gpu_hours_2b_tokens, table.ttft_32k_s
     for c in ("C1", "C2", "C3", "C4", "C5"):
-        note(
-            "Tab. 7",
-            f"{c}, training relative to KD",
-            f"{t.loc[c, 'training_cost']:.2f}",
-            "Tab. 7's GPU-hours",
-            t.loc[c, "gpu_hours_2b_tokens"] / t.loc["C1", "gpu_hours_2b_tokens"],
-        )
-    note(
-        "A.3",
-        "C5 relative to C4, training",
-        "1.58",
-        "Tab. 7's GPU-hours",
-        t.loc["C5", "gpu_hours_2b_tokens"] / t.loc["C4", "gpu_hours_2b_tokens"],
-    )
-    note(
-        "Sect. 5.4",
-        "time to first token at 32k, teacher over hybrid",
-        "2.8",
-        "Tab. 7",
-        t.loc["C0", "ttft_32k_s"] / t.loc["C4", "ttft_32k_s"],
-    )
-    note("Abstract", "memory saving at 128k, %", "68", "Tab. 7", 100 * (1 - t.loc["C4", "peak_memory_128k"]))
+        says = f"{table.training_cost[c]:.2f}"
+        yield "Tab. 7", f"{c}, training relative to KD", says, "Tab. 7's GPU-hours", hours[c] / hours["C1"]
+    yield "A.3", "C5 relative to C4, training", "1.58", "Tab. 7's GPU-hours", hours["C5"] / hours["C4"]
+    first_token = "time to first token at 32k, teacher over hybrid"
+    yield "Sect. 5.4", first_token, "2.8", "Tab. 7", seconds["C0"] / seconds["C4"]
+    yield "Abstract", "memory saving at 128k, %", "68", "Tab. 7", 100 * (1 - table.peak_memory_128k["C4"])
 
 # %% ../nbs/63_paper_numbers.ipynb #c083abla
-def _check_ablations(note, table):
-    t = table[8].ocrbench_v2
-    note("A.6", "C4 over –Residual", "2.5", "Tab. 8", t["C4"] - t["-Residual"])
-    t = table["A.8"]
+def _ablations():
+    ocr, curves, ladder = paper_table(8).ocrbench_v2, paper_table("A.8"), paper_table(1).loc["ocrbench_v2"]
+    yield "A.6", "C4 over –Residual", "2.5", "Tab. 8", ocr["C4"] - ocr["-Residual"]
     for k, says in ((10, "2.5"), (25, "5.2"), (50, "4.7")):
-        note("A.8", f"density over random, k = {k}", says, "A.8", t.loc[k, "density"] - t.loc[k, "random"])
-    note("A.8", 'k = 0, "the C1 baseline"', str(t.loc[0, "density"]), "Tab. 1, C1", table[1].loc["ocrbench_v2", "C1"])
-    note(
-        "A.8",
-        "k = 0: no position upweighted, which is uniform alignment",
-        str(t.loc[0, "density"]),
-        "Tab. 1, C3",
-        table[1].loc["ocrbench_v2", "C3"],
-    )
+        yield "A.8", f"density over random, k = {k}", says, "A.8", curves.density[k] - curves.random[k]
+    start, uniform = str(curves.density[0]), "k = 0: no position upweighted, which is uniform alignment"
+    yield "A.8", 'k = 0, "the C1 baseline"', start, "Tab. 1, C1", ladder["C1"]
+    yield "A.8", uniform, start, "Tab. 1, C3", ladder["C3"]
 
 # %% ../nbs/63_paper_numbers.ipynb #c083repl
-def _check_replication(note, table, printed):
-    note(
-        "A.9",
-        'C4 – C3 at 500M "matches" 2B, OCRBench v2',
-        "4.8",
-        "Tab. 1",
-        table[1].loc["C4-C3 ocrbench_v2", "C4"],
-        slack=0.42,
-    )
+def _replication():
+    first, nine, printed = paper_table(1)["C4"], paper_table(9), paper_table(9, printed=True)
+    matches = 'C4 – C3 at 500M "matches" 2B, OCRBench v2'
+    yield "A.9", matches, "4.8", "Tab. 1", first["C4-C3 ocrbench_v2"], 0.42  # the standard error
     for row, says, se in (("fine_grained", "2.44", 0.37), ("average", "1.58", 0.26)):
-        note(
-            "A.9",
-            f"C4 – C3 at 500M and at 2B, {TITLES[row]}",
-            says,
-            "Tab. 1",
-            table[1].loc[f"C4-C3 {row}", "C4"],
-            slack=se,
-        )
+        yield "A.9", f"C4 – C3 at 500M and at 2B, {TITLES[row]}", says, "Tab. 1", first[f"C4-C3 {row}"], se
     for row in ("ocrbench_v2", "fine_grained", "average"):
-        sd = table[9][f"{row}_spread"]
-        note(
-            "Tab. 9",
-            f"SE of the paired C4 – C3, {TITLES[row]}",
-            printed[9].loc["C4-C3", f"{row}_spread"],
-            "Tab. 9's standard deviations, as if unpaired",
-            ((sd["C3"] ** 2 + sd["C4"] ** 2) / 3) ** 0.5,
-        )
+        sd, says = nine[f"{row}_spread"], printed.loc["C4-C3", f"{row}_spread"]
+        unpaired = ((sd["C3"] ** 2 + sd["C4"] ** 2) / 3) ** 0.5
+        quantity = f"SE of the paired C4 – C3, {TITLES[row]}"
+        yield "Tab. 9", quantity, says, "Tab. 9's standard deviations, as if unpaired", unpaired
 
 # %% ../nbs/63_paper_numbers.ipynb #c083anal
-def _check_analyses(note):
-    note("Sect. 3.2", "drift, top over bottom decile", "3.6", "Sect. 3.2 (0.281, 0.078)", 0.281 / 0.078)
-    note("Sect. 3.2", "answer score, top over bottom decile", "3.5", "Sect. 3.2 (0.143, 0.041)", 0.143 / 0.041)
-    note("Sect. 3.2", "density's share over the next", "3", "Sect. 3.2 (0.30, 0.10)", 0.30 / 0.10)
-    note(
-        "Sect. 3.2",
-        "joint R², were nothing shared between the factors",
-        "0.53",
-        "Sect. 3.2 (0.30 + 0.10 + 0.08 + 0.05)",
-        0.30 + 0.10 + 0.08 + 0.05,
-    )
-    note("A.7", "unexplained variance", "0.47", "Sect. 3.2", 1 - 0.53)
-    note(
-        "Sect. 3.2",
-        'token type\'s unique share once density is in the model, "0.04-0.06"',
-        "0.05",
-        'Sect. 3.2, same quantity ("token type 0.10")',
-        0.10,
-        slack=0.01,
-    )
+def _analyses():
+    shares = "Sect. 3.2 (0.30 + 0.10 + 0.08 + 0.05)"
+    token_type = 'token type\'s unique share once density is in the model, "0.04-0.06"'
+    yield "Sect. 3.2", "drift, top over bottom decile", "3.6", "Sect. 3.2 (0.281, 0.078)", 0.281 / 0.078
+    yield "Sect. 3.2", "answer score, top over bottom decile", "3.5", "Sect. 3.2 (0.143, 0.041)", 0.143 / 0.041
+    yield "Sect. 3.2", "density's share over the next", "3", "Sect. 3.2 (0.30, 0.10)", 0.30 / 0.10
+    yield "Sect. 3.2", "joint R², were nothing shared between the factors", "0.53", shares, 0.30 + 0.10 + 0.08 + 0.05
+    yield "A.7", "unexplained variance", "0.47", "Sect. 3.2", 1 - 0.53
+    yield "Sect. 3.2", token_type, "0.05", 'Sect. 3.2, same quantity ("token type 0.10")', 0.10, 0.01
 
 # %% ../nbs/63_paper_numbers.ipynb #c083corp
-def _check_corpus(note, table):
-    t = table[12]
-    share = 100 * t.samples / t.samples.sum()
-    note("Tab. 12", "samples, millions", "1.34", "Tab. 12's rows", t.samples.sum() / 1e6)
-    for i in t.index:
-        note("Tab. 12", f"{t.source[i]}, %", str(t.percent[i]), "Tab. 12's samples", share[i])
-    note("C.4", "SFT mixture, %", "100", "C.4 (40 + 25 + 15 + 15 + 5)", 40 + 25 + 15 + 15 + 5)
-    note("C.5", "DPO pairs, thousands", "150", "C.5 (100 + 25 + 15 + 10)", 100 + 25 + 15 + 10)
-    note("B.2", "visual share of the tokens, %", "18", "B.2 (60 % of 30 %)", 60 * 0.30)
-    note("B.2", "cached scalars, millions", "360", "B.2 (18 % of 2B)", 0.18 * 2000)
-    images = t.samples.sum() - t.samples[:2].sum()
-    note(
-        "B.2",
-        'density cache, MB, "approximately 500"',
-        "500",
-        "B.2: 360M at 4 bits, and 128 bytes of header and alignment for each of 540,000 samples with images",
-        (360e6 / 2 + 128 * images) / 1e6,
-        slack=50,
-    )
+def _corpus():
+    table = paper_table(12)
+    share = 100 * table.samples / table.samples.sum()
+    yield "Tab. 12", "samples, millions", "1.34", "Tab. 12's rows", table.samples.sum() / 1e6
+    for i in table.index:
+        yield "Tab. 12", f"{table.source[i]}, %", str(table.percent[i]), "Tab. 12's samples", share[i]
+    yield "C.4", "SFT mixture, %", "100", "C.4 (40 + 25 + 15 + 15 + 5)", 40 + 25 + 15 + 15 + 5
+    yield "C.5", "DPO pairs, thousands", "150", "C.5 (100 + 25 + 15 + 10)", 100 + 25 + 15 + 10
+    yield "B.2", "visual share of the tokens, %", "18", "B.2 (60 % of 30 %)", 60 * 0.30
+    yield "B.2", "cached scalars, millions", "360", "B.2 (18 % of 2B)", 0.18 * 2000
+    records = "360M at 4 bits, and 128 bytes of header and alignment for each of 540,000 samples with images"
+    size = 360e6 / 2 + 128 * table.samples[2:].sum()
+    yield "B.2", 'density cache, MB, "approximately 500"', "500", f"B.2: {records}", size / 1e6, 50
 
 # %% ../nbs/63_paper_numbers.ipynb #c083z
 def paper_checks() -> pd.DataFrame:  # place, quantity, says, against, recomputed, difference, agrees
     "The paper's numbers recomputed from its tables, one a line."
-    table = {n: paper_table(n) for n in (1, 2, 4, 5, 6, 7, 8, 9, 12, "A.8")}
-    printed = {n: paper_table(n, printed=True) for n in (1, 2, 4, 5, 9)}
-    ledger = _Ledger()
-    _check_averages(ledger.note, table, printed)
-    _check_printed_twice(ledger.note, table, printed)
-    _check_ladder(ledger.note, table)
-    _check_after_training(ledger.note, table)
-    _check_variants(ledger.note, table)
-    _check_costs(ledger.note, table)
-    _check_ablations(ledger.note, table)
-    _check_replication(ledger.note, table, printed)
-    _check_analyses(ledger.note)
-    _check_corpus(ledger.note, table)
-    return pd.DataFrame(ledger)
+    prose = _ladder, _after_training, _variants, _costs, _ablations, _replication, _analyses, _corpus
+    return pd.DataFrame([_check(*line) for part in (_averages, _printed_twice, *prose) for line in part()])
 
 # %% ../nbs/63_paper_numbers.ipynb #c086
 def paper_words() -> pd.DataFrame:  # place, says, elsewhere, says there

@@ -28,7 +28,7 @@ def _git(*arguments):
 
 
 def code_version() -> dict:  # {"commit": its hash or None, "dirty": whether tracked files differ from it, or None}
-    "The git commit of the code that is imported; None where the package does not lie in its own repository."
+    "The git commit of the imported code; None if the package is not in its own repository."
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")
         return dict(
@@ -94,9 +94,9 @@ def write_run(
     *,
     started: float | None = None,  # time.time() at the run's start; None: when this module was imported
 ) -> Path:  # the path
-    """Write a run's JSON atomically; an error leaves an earlier file as it is.
+    """Write a run's JSON atomically. Raises ValueError on a number that is not finite and TypeError on other objects.
 
-    Raises ValueError on a number that is not finite."""
+    An error leaves the existing file unchanged."""
     run = dict(kind=kind, parameters=parameters, numbers=numbers, provenance=provenance(started))
     try:
         text = json.dumps(run, indent=1, default=_plain, allow_nan=False)
@@ -108,7 +108,7 @@ def write_run(
 def read_run(
     path: str | PurePath,  # a file of `write_run`
 ) -> dict:  # kind, parameters, numbers, provenance, and path
-    "One run's JSON. Raises ValueError where the file is not a whole run."
+    "One run's JSON. Raises ValueError if the file is not a complete run."
     try:
         run = json.loads(Path(path).read_text())
         return dict(path=Path(path), **{key: run[key] for key in ("kind", "parameters", "numbers", "provenance")})
@@ -130,9 +130,9 @@ def run_name(
 
 
 def parse_run_name(
-    name: str,  # a folder's name; one with "=" is of a run with overrides, which is no condition's
+    name: str,  # a folder's name; None is returned for one with "=", which has overrides
 ) -> dict | None:  # condition, seed, token_budget, teacher, as `run_name` takes them
-    "The inverse of `run_name`; None for a folder that is not a run's."
+    "The inverse of `run_name`; None for a folder that is no run of a condition."
     match = re.fullmatch(
         r"((?P<teacher>[^/]+)/)?(?P<condition>C0|[^/=]+(?=-seed))(-seed(?P<seed>\d+)-budget(?P<token_budget>\d+))?",
         name,
@@ -149,7 +149,7 @@ def read_runs(
     kind: str = "evaluate",  # reads NAME/KIND.json
     teacher: str | None = None,  # the name of another teacher; None: the one of Table 1
 ) -> list[dict]:  # runs of `read_run`, with name, condition, seed, token_budget, teacher; in order of these
-    "All runs of a kind and a teacher in a folder; an empty list where there are none."
+    "All runs of a kind and a teacher in a folder."
     runs = []
     for path in Path(folder).glob(f"{teacher}/*/{kind}.json" if teacher else f"*/{kind}.json"):
         name = path.parent.relative_to(folder).as_posix()
@@ -209,7 +209,7 @@ def footnote(
 def read_answers(
     run: dict,  # of `read_runs`
 ) -> pd.DataFrame:  # by key, in the order asked: benchmark, question, answers, response, right
-    "A run's answers. Raises ValueError where they are not beside its evaluate.json."
+    "A run's answers. Raises ValueError if its folder has no answers.jsonl."
     path = run["path"].with_name("answers.jsonl")
     if not path.exists():
         raise ValueError(f"no {path.name} in {run['name']}; run nbs/runs/evaluate.ipynb there again")
@@ -223,7 +223,7 @@ def pair_answers(
     a: dict,  # of `read_runs`
     b: dict,
 ) -> pd.DataFrame:  # by key: benchmark, question, answers, response_a, right_a, response_b, right_b
-    "What two runs answered to the same questions. Raises ValueError where these differ."
+    "The answers of two runs to the same questions. Raises ValueError if the questions differ."
     first, second = read_answers(a), read_answers(b)
     if not first.question.equals(second.question):
         raise ValueError(f"{a['name']} and {b['name']} answered different questions")
@@ -253,23 +253,19 @@ PUBLISHED_OF_RUNS = (
 
 
 def _manifest(folder, scale):
-    files = {
-        str(p.relative_to(folder)): dict(sha256=sha256(p.read_bytes()).hexdigest(), bytes=p.stat().st_size)
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-    commits = {}
-    for name in files:
-        if name.startswith("runs/") and name.endswith(".json"):
-            git = read_run(folder / name)["provenance"]["git"]
-            commits.setdefault((git["commit"] or "unknown") + "+" * bool(git["dirty"]), []).append(name)
+    paths, commits = [p for p in sorted(folder.rglob("*")) if p.is_file()], {}
+    name = lambda path: str(path.relative_to(folder))
+    files = {name(p): dict(sha256=sha256(p.read_bytes()).hexdigest(), bytes=p.stat().st_size) for p in paths}
+    for path in paths:
+        if path.suffix == ".json":
+            git = read_run(path)["provenance"]["git"]
+            commits.setdefault((git["commit"] or "unknown") + "+" * bool(git["dirty"]), []).append(name(path))
     warnings = [
         f"{len(names)} runs are of code with uncommitted changes ({commit})"
         for commit, names in commits.items()
         if commit.endswith("+")
     ]
-    if len(commits) > 1:
-        warnings.append(f"the runs are of {len(commits)} different states of the code")
+    warnings += [f"the runs are of {len(commits)} different states of the code"] * (len(commits) > 1)
     return dict(scale=scale, warnings=warnings, commits=commits, files=files)
 
 # %% ../nbs/60_runs.ipynb #c104s1
@@ -307,9 +303,9 @@ def publish(
     scale: str,  # "toy"
     outputs: str | PurePath | None = None,  # the folder that holds SCALE; None: outputs/ of the repository
 ) -> Path:  # outputs/published/SCALE
-    """Replace outputs/published/SCALE by copies of what is in outputs/SCALE, all or nothing.
+    """Replace outputs/published/SCALE by copies of the files in outputs/SCALE, all or nothing.
 
-    Raises ValueError if there is nothing to publish, or less than is published."""
+    Raises ValueError if there is nothing to publish, or if a published file would be lost."""
     if PurePath(scale).parts != (scale,):
         raise ValueError(f"{scale!r} is no name of a scale")
     outputs = Path(outputs or root() / "outputs")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import pandas as pd
 from scipy import stats
 
-from .conditions import BENCHMARKS, FINE_GRAINED, REASONING, TASKS
+from .conditions import FINE_GRAINED, REASONING, TASKS
 
 # %% ../nbs/62_statistics.ipynb #c028
 AVERAGES = dict(fine_grained=FINE_GRAINED, reasoning=REASONING, average=FINE_GRAINED + REASONING)

@@ -2,82 +2,63 @@
 
 import pandas as pd
 import pytest
+from test_results import ROOT, evaluated, notebook
 
-from heed_nb.batch import ordered, run_notebook, run_parameters, run_scale
+from heed_nb.batch import ordered, run_parameters, run_scale
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, differing
 from heed_nb.pages import PAGES, Batch, Run, choices, open_points
+from heed_nb.runs import read_runs
 from heed_nb.scales import load_scale
-from heed_nb.runs import read_runs, write_run
 
-PAGE = "nbs/paper/open_points.ipynb"
 BUDGET = 3000
 
 
-@pytest.fixture(autouse=True)
-def at_root(root, monkeypatch):
-    monkeypatch.chdir(root)
+def scored(fine, reasoning):
+    return {key: fine if key in FINE_GRAINED else reasoning for key in BENCHMARKS}
 
 
-def evaluated(runs, run, fine, reasoning, questions=50):
-    scores = {key: fine if key in FINE_GRAINED else reasoning for key in BENCHMARKS}
-    write_run(
-        runs / run.name / "evaluate.json", "evaluate", {}, dict(scores=scores, n=dict.fromkeys(BENCHMARKS, questions))
-    )
-
-
-def page(tmp_path, **given):
-    run_notebook(
-        PAGE,
-        dict(scale="smoke", runs=str(tmp_path / "runs"), out=str(tmp_path / "out"), **given),
-        log=tmp_path / "log.ipynb",
-    )
-    return (tmp_path / "out/tables/open_points.md").read_text(), pd.read_csv(tmp_path / "out/tables/open_points.csv")
+def page(folder, **given):
+    "The Markdown and the CSV."
+    notebook(ROOT, "open_points", scale="smoke", runs=str(folder / "runs"), out=str(folder / "out"), **given)
+    return (folder / "out/tables/open_points.md").read_text(), pd.read_csv(folder / "out/tables/open_points.csv")
 
 
 def test_without_runs_the_table_stands_alone_and_says_what_was_not_tried(tmp_path):
     text, table = page(tmp_path)
     assert all(f"| {row.point}" in text for row in open_points().itertuples()) and len(open_points()) == 27
     assert "No choice was tried" in text and all(f"`{name}` not tried" in text for name in choices())
-    assert "Not tried: `" in text
-    assert table.empty and "measured" not in text
+    assert "Not tried: `" in text and table.empty and "measured" not in text
 
 
 def test_a_choice_is_paired_by_seed_budget_and_questions(tmp_path):
     runs, visual = tmp_path / "runs", "normalize_over=visual"
-    for seed, with_choice, default in ((0, 61, 60), (1, 57, 53), (2, 90, None), (3, None, 10)):
-        if with_choice:
-            evaluated(runs, Run("C4", seed, BUDGET, choice=visual), with_choice, 99)
-        if default:
-            evaluated(runs, Run("C4", seed, BUDGET), default, 98.5)
-    evaluated(runs, Run("C4", 0, 2 * BUDGET, choice="init=mamba"), 1, 1)  # of another budget
-    evaluated(runs, Run("C4", 0, BUDGET, choice="reduce=max"), 1, 1, questions=7)  # asked other questions
-    evaluated(runs, Run("C3-forced", 0, BUDGET), 20, 40)
-    evaluated(runs, Run("C3", 0, BUDGET), 50, 40)
+    of_choice = {0: scored(61, 99), 1: scored(57, 99), 2: scored(90, 99)}
+    default = {0: scored(60, 98.5), 1: scored(53, 98.5), 3: scored(10, 98.5)}
+    forced = {"C3-forced": {0: scored(20, 40)}, "C3": {0: scored(50, 40)}}
+    evaluated(runs, {f"C4-{visual}": of_choice, "C4": default} | forced, BUDGET)
+    evaluated(runs, {"C4-init=mamba": {0: scored(1, 1)}}, 2 * BUDGET)
+    evaluated(runs, {"C4-reduce=max": {0: scored(1, 1)}}, BUDGET, questions=7)
     text, table = page(tmp_path, choices=list(choices()), seeds=[0, 1, 2, 3])
+    at = table.set_index(["choice", "row"])
     assert set(table.choice) == {visual, "condition=C3-forced"}
-    row = table[(table.choice == visual) & (table.row == "fine_grained")].iloc[0]
+    row = at.loc[(visual, "fine_grained")]
     assert (row["n"], row["mean"], row["ahead"]) == (2, 2.5, 2) and row["se"] == pytest.approx(1.5)  # of 1 and 4
-    assert "+2.50 ± 1.50" in text and "+0.50 ± 0.00" in text
-    forced = table[(table.choice == "condition=C3-forced") & (table.row == "fine_grained")].iloc[0]
-    assert (forced["a"], forced["b"], forced["mean"], forced["n"]) == ("C3-forced", "C3", -30, 1) and pd.isna(
-        forced["se"]
-    )
-    assert (
-        "`init=mamba` not tried; `init=identity` not tried" in text and "Not tried: `reduce=mean`, `reduce=max`" in text
-    )
+    assert "+2.50 ± 1.50 (n=2)" in text and "**+0.50 ± 0.00** (n=2)" in text
+    row = at.loc[("condition=C3-forced", "fine_grained")]
+    assert (row["a"], row["b"], row["mean"], row["n"]) == ("C3-forced", "C3", -30, 1) and pd.isna(row["se"])
+    assert "`init=mamba` not tried; `init=identity` not tried" in text
+    assert "`reduce=max`" in text.partition("Not tried: ")[2]
     assert page(tmp_path, seeds=[0, 1])[1].choice.unique().tolist() == [visual]
 
 
 def test_runs_with_a_choice_are_no_other_tables(tmp_path):
-    evaluated(tmp_path, Run("C4", 0, BUDGET), 60, 99)
-    evaluated(tmp_path, Run("C4", 0, BUDGET, choice="temper=0.5"), 1, 1)
+    evaluated(tmp_path, {"C4": {0: 60}, "C4-temper=0.5": {0: 1}}, BUDGET)
     assert [run["name"] for run in read_runs(tmp_path)] == ["C4-seed0-budget3000"]
 
 
 def test_an_unknown_choice_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="^unknown choice 'init=warm' in open_points of scale smoke; one of reduce=mean, "
-    ):
+    message = "^unknown choice 'init=warm' in open_points of scale smoke; one of reduce="
+    with pytest.raises(ValueError, match=message):
         page(tmp_path, choices=["init=warm"])
     assert not (tmp_path / "out").exists()
 
@@ -90,10 +71,8 @@ def test_what_a_choice_changes_is_what_its_name_says():
             assert differing(choice.condition, choice.baseline) == {"teacher_forced"}
             continue
         key = name.partition("=")[0]
-        values = [
-            getattr(scale, key) if hasattr(scale, key) else getattr(scale.settings(), key) for scale in (toy, changed)
-        ]
-        assert values[0] != values[1] and str(values[1]) == name.partition("=")[2]
+        before, after = (getattr(s if hasattr(s, key) else s.settings(), key) for s in (toy, changed))
+        assert before != after and str(after) == name.partition("=")[2]
 
 
 def test_the_batch_runs_what_a_scale_tries_beside_the_default():
