@@ -335,21 +335,20 @@ def test_bad_packing(family):
 def test_a_4d_mask_is_read_or_refused(case, kind, side):
     family, student = case
     batch = batch_of(family, [("what is a total?", []), ("tax?", [])], side)
-    real = batch["attention_mask"].bool()
-    positions = positions_of(batch)
-    seen = real[:, None, None] & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
-    as_kind = lambda seen: (
-        seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
-    )
-    logits = lambda mask: student(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits[
-        real
-    ]
+    real, given = batch["attention_mask"].bool(), dict(input_ids=batch["input_ids"], position_ids=positions_of(batch))
+    seen = real[:, None, None] & torch.ones(2 * real.shape[1:], dtype=torch.bool).tril()
+
+    def logits(mask):
+        if kind != torch.bool and mask.ndim == 4:  # added to the scores
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(kind).min)
+        return student(**given, attention_mask=mask).logits[real]
+
     for mask in (seen, seen & real[:, None, :, None]):
-        assert_close(logits(as_kind(mask)), logits(batch["attention_mask"]), atol=1e-4, rtol=1e-3)
+        assert_close(logits(mask), logits(batch["attention_mask"]), atol=1e-4, rtol=1e-3)
     blocks = seen.clone()
     blocks[0, :, 8:, :8] = False  # two sequences
     for mask in (blocks, seen.mT):
-        fails("a 4-D attention mask is causal but for padding", logits, as_kind(mask))
+        fails("a 4-D attention mask is causal but for padding", logits, mask)
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
