@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import cache
 import json
 import subprocess
 import sys
@@ -33,15 +34,10 @@ CASES = [(family, "mamba2", "paper") for family in FAMILIES] + [
     ("qwen3_vl", "gdn", "identity"),
     ("glm4v", "gdn", "paper"),
 ]
-HOW = dict(
-    max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4]
-)  # no end and no image in the answer
+# no end and no image in the answer
+HOW = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, suppress_tokens=[1, 2, 3, 4])
 PROCESSORS = {family: tiny.processor(family) for family in FAMILIES}
-TEACHERS = {}
-
-
-def teacher_of(family):
-    return TEACHERS.setdefault(family, tiny.teacher(family))
+teacher_of = cache(tiny.teacher)
 
 
 def hybrid(teacher, **kwargs):
@@ -53,25 +49,23 @@ def hybrid(teacher, **kwargs):
     return student
 
 
+def positions_of(batch):
+    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
 def batch_of(family, samples=None, side="left"):
     "`inside`: prompts padded on the right, each with the same answer after its padding."
-    batch = tiny.batch_of(
-        tiny.samples(family) if samples is None else samples, PROCESSORS[family], "right" if side == "inside" else side
-    )
+    samples, padded = samples or tiny.samples(family), "right" if side == "inside" else side
+    batch = tiny.batch_of(samples, PROCESSORS[family], padded)
     if side == "inside":
-        answer = torch.arange(40, 44).expand(len(batch["input_ids"]), -1)
-        for key, value in dict(
+        answer = torch.arange(40, 44).expand(len(samples), -1)
+        more = dict(
             input_ids=answer, attention_mask=torch.ones_like(answer), mm_token_type_ids=torch.zeros_like(answer)
-        ).items():
-            if key in batch:
-                batch[key] = torch.cat([batch[key], value], 1)
+        )
+        batch |= {key: torch.cat([batch[key], value], 1) for key, value in more.items() if key in batch}
         if "image_grid_thw" not in batch:
             batch["position_ids"] = positions_of(batch)
     return batch
-
-
-def positions_of(batch):
-    return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -194,12 +188,8 @@ def test_padding_equals_single_samples(case, side):
     batch = batch_of(family, side=side)
     logits = student(**batch).logits
     for row, mask, sample in zip(logits, batch["attention_mask"].bool(), tiny.samples(family)):
-        assert_close(
-            row[mask],
-            student(**batch_of(family, [sample], "inside" if side == "inside" else "left")).logits[0],
-            atol=5e-4,
-            rtol=1e-3,
-        )
+        alone = student(**batch_of(family, [sample], "left" if side == "right" else side)).logits[0]
+        assert_close(row[mask], alone, atol=5e-4, rtol=1e-3)
     if side == "left":  # where a state that padding wrote to would show
         unmasked = student(**batch | dict(attention_mask=torch.ones_like(batch["attention_mask"]))).logits
         assert (unmasked - logits)[0, -1].abs().max() > 1e-2
@@ -211,7 +201,8 @@ def test_generation_with_a_cache_is_generation_without(case, how):
     (family, student), how = case, HOW | how | dict(output_scores=True, return_dict_in_generate=True)
     batch = batch_of(family)
     cached = student.generate(**batch, **how)
-    plain = student.generate(**batch, **{k: v for k, v in how.items() if k != "cache_implementation"}, use_cache=False)
+    how.pop("cache_implementation", None)
+    plain = student.generate(**batch, **how, use_cache=False)
     assert torch.equal(cached.sequences, plain.sequences)
     for a, b in zip(cached.scores, plain.scores):
         assert_close(a, b, atol=2e-3, rtol=1e-3)
@@ -344,21 +335,20 @@ def test_bad_packing(family):
 def test_a_4d_mask_is_read_or_refused(case, kind, side):
     family, student = case
     batch = batch_of(family, [("what is a total?", []), ("tax?", [])], side)
-    real = batch["attention_mask"].bool()
-    positions = positions_of(batch)
-    seen = real[:, None, None] & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
-    as_kind = lambda seen: (
-        seen if kind == torch.bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
-    )
-    logits = lambda mask: student(input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions).logits[
-        real
-    ]
+    real, given = batch["attention_mask"].bool(), dict(input_ids=batch["input_ids"], position_ids=positions_of(batch))
+    seen = real[:, None, None] & torch.ones(2 * real.shape[1:], dtype=torch.bool).tril()
+
+    def logits(mask):
+        if kind != torch.bool and mask.ndim == 4:  # added to the scores
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(kind).min)
+        return student(**given, attention_mask=mask).logits[real]
+
     for mask in (seen, seen & real[:, None, :, None]):
-        assert_close(logits(as_kind(mask)), logits(batch["attention_mask"]), atol=1e-4, rtol=1e-3)
+        assert_close(logits(mask), logits(batch["attention_mask"]), atol=1e-4, rtol=1e-3)
     blocks = seen.clone()
     blocks[0, :, 8:, :8] = False  # two sequences
     for mask in (blocks, seen.mT):
-        fails("a 4-D attention mask is causal but for padding", logits, as_kind(mask))
+        fails("a 4-D attention mask is causal but for padding", logits, mask)
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])

@@ -207,15 +207,12 @@ def test_rows_with_other_holes(kind):
 
 
 @kinds
-@pytest.mark.parametrize("kernel, ends", [(4, [0, 5, 6, 8, 22]), (1, [0, 7, 7, 22]), (4, [0, 22])], ids=str)
-def test_packed_sequences_equal_single_ones(kind, kernel, ends):
-    "With sequences shorter than the convolution, one that goes on in the next row, and an empty one."
-    mixer, u = mixer_of(kind, bias=True, conv_kernel=kernel), inputs()
-    pieces = u.flatten(0, 1)[None].split(torch.tensor(ends).diff().tolist(), 1)
-    whole = lambda: mixer(u, cu_seqlens=torch.tensor(ends))[0]
-    alone = lambda: torch.cat([mixer(piece)[0] for piece in pieces if piece.shape[1]], 1).view(u.shape)
-    for a, b in zip(outputs_and_gradients(mixer, whole), outputs_and_gradients(mixer, alone)):
-        assert_close(a, b, atol=1e-4, rtol=1e-3)
+def test_packed_sequences_equal_single_ones(kind):
+    "With sequences shorter than the convolution, an empty one, and one that goes on in the next row."
+    mixer, u, lengths = mixer_of(kind, bias=True), inputs(), [5, 1, 0, 2, 14]
+    alone = [mixer(piece)[0] for piece in u.flatten(0, 1)[None].split(lengths, 1) if piece.shape[1]]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    assert_close(mixer(u, cu_seqlens=ends)[0], torch.cat(alone, 1).view(u.shape), atol=1e-5, rtol=1e-4)
 
 
 # The mixing matrix
