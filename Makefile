@@ -68,6 +68,6 @@ LMMS_EVAL = $(shell sed -n 's/^LMMS_EVAL = "\(.*\)".*/\1/p' heed_nb/evaluate.py)
 	@mkdir -p .venv; echo "installing into .venv"
 	@$(if $(shell command -v flock),flock -n -E 75 .venv/lock) sh -ec '\
 	  "$$PY" -m venv .venv; \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,eval]"; \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,eval,posttrain]"; \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps "lmms-eval==$(LMMS_EVAL)"; \
 	  touch $@' || { test $$? = 75 && echo "another make is installing into .venv; wait for it, then call again" >&2; exit 1; }

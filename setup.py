@@ -11,5 +11,5 @@ lists = {name: value.split() for name, value in settings["DEFAULT"].items() if n
 
 setup(
     install_requires=lists["requirements"],
-    extras_require={extra: lists[f"{extra}_requirements"] for extra in ("dev", "eval", "gpu")},
+    extras_require={extra: lists[f"{extra}_requirements"] for extra in ("dev", "eval", "posttrain", "gpu")},
 )

@@ -5,7 +5,7 @@
 # %% ../nbs/30_conditions.ipynb #c002
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Literal
@@ -15,6 +15,7 @@ from heed_nb.parameters import (
     TAU,
     TEXT_BOOST,
     Count,
+    Name,
     NonNegative,
     Parameters,
     Positive,
@@ -27,7 +28,8 @@ from heed_nb.parameters import (
 # %% auto #0
 __all__ = ['ALIGNMENTS', 'EQ_3', 'WEIGHTS', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED',
            'REASONING', 'REGIMES', 'TASKS', 'SPEED_ONLY', 'Condition', 'get_condition', 'differing', 'components',
-           'recipe_table', 'alignment_table', 'Benchmark', 'TrainSettings', 'weight_parameters']
+           'recipe_table', 'alignment_table', 'Benchmark', 'TrainSettings', 'SFTSettings', 'DPOSettings',
+           'weight_parameters']
 
 # %% ../nbs/30_conditions.ipynb #c005
 ALIGNMENTS = (None, "head_output", "attention_output", "residual")
@@ -56,6 +58,7 @@ class Condition(Parameters):
     text_boost: NonNegative | None = None  # beta; None: that of the settings
     teacher_forced: bool = False  # Stages 1/2: each replaced layer reads the teacher's stream, not the student's
     kd: bool = True  # Stage 3 matches the teacher's logits (Eq. 1)
+    posttrained: bool = False  # SFT and DPO follow (App. C.4, C.5)
     notes: str = ""
     source: str = ""  # where the paper defines it
 
@@ -105,6 +108,19 @@ _add(
         "C5", "HEED-G", weights="gradient", notes="w(p) from the teacher's gradients, Eq. 7", source="Eq. 7, A.3"
     ),
     _residual("C6", "HEED-GDN", mixer="gdn", weights="density", notes="C4 with Gated DeltaNet mixers", source="A.3"),
+)
+
+# %% ../nbs/30_conditions.ipynb #g2a1
+_add(
+    *(
+        replace(CONDITIONS[name], name=f"{name}+", posttrained=True, notes=f"{name} after SFT and DPO", source=source)
+        for name, source in (
+            ("C0", "control, not in the paper"),
+            *((name, "Tab. 4") for name in ("C1", "C2", "C3", "C4")),
+            ("C5", "A.5"),
+            ("C6", "not in the paper"),
+        )
+    )
 )
 
 # %% ../nbs/30_conditions.ipynb #c007c
@@ -356,6 +372,46 @@ class TrainSettings(Parameters):
             raise ValueError(f"stages is {self.stages}; three shares that add up to 1")
         if 1 in self.betas:
             raise ValueError(f"betas is {self.betas}; two numbers below 1")
+
+# %% ../nbs/30_conditions.ipynb #g2a3
+@dataclass(frozen=True)
+class SFTSettings(Parameters):
+    "Settings of `heed_nb.posttrain.sft`. Raises ValueError on a value out of range."
+
+    samples: Count | None = None  # the first of the data set, each seen once, in an order of its own; None: all
+    seed: Seed = 0  # of the order, and of DPO's adapters
+    batch_size: Count = 32  # samples a step; DPO: pairs
+    micro_batch: Count | None = None  # of them, held at once by a process; None: its share of a step
+    lr: Positive = 5e-6  # peak of a cosine that ends at 0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    warmup: Share = 0.03  # of the steps
+    weight_decay: NonNegative = 0.01  # not on norms and biases
+    grad_clip: Positive = 1.0
+    max_length: Count = 8192  # tokens of a sample; DPO: of a pair's two conversations together
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward pass
+    threads: integer(1, 1024) | None = None  # of torch on a CPU; None: torch's choice
+    workers: integer(0, 1024) = 0  # processes that prepare batches ahead; 0: the training process does
+    checkpoint_every: Count = 100  # steps
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size % (self.micro_batch or 1):
+            raise ValueError(f"batch_size is {self.batch_size}; it takes a multiple of micro_batch, {self.micro_batch}")
+
+# %% ../nbs/30_conditions.ipynb #g2a4
+@dataclass(frozen=True)
+class DPOSettings(SFTSettings):
+    "Settings of `heed_nb.posttrain.dpo`. Raises ValueError on a value out of range."
+
+    lr: Positive = 1e-6
+    weight_decay: NonNegative = 0.0
+    max_length: Count = 4096
+    beta: Positive = 0.1  # of the DPO loss
+    rank: Count = 32  # r of LoRA
+    alpha: Positive = 64.0  # an adapter's update is scaled by alpha / rank
+    dropout: Share = 0.05  # of an adapter's input
+    targets: tuple[Name, ...] = ()  # linear modules with an adapter, by their last names; (): all
 
 # %% ../nbs/30_conditions.ipynb #c022b
 SPEED_ONLY = ("workers", "checkpoint_every", "skip_bad")  # fields of TrainSettings that change no number

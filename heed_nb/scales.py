@@ -13,7 +13,7 @@ from typing import Literal, TypedDict
 
 import yaml
 
-from .conditions import TrainSettings, get_condition
+from .conditions import DPOSettings, SFTSettings, TrainSettings, get_condition
 from .files import root
 from heed_nb.parameters import (
     DTYPES,
@@ -32,14 +32,19 @@ from heed_nb.parameters import (
 )
 
 # %% auto #0
-__all__ = ['Training', 'Evaluation', 'Diagnosis', 'Scale', 'read_yaml', 'merged', 'load_scale']
+__all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'Scale', 'post_settings', 'read_yaml', 'merged',
+           'load_scale']
 
 # %% ../nbs/61_scales.ipynb #s005
-Training = TypedDict(
-    "Training",
-    {name: kind for name, kind in annotations(TrainSettings).items() if name not in ("token_budget", "seed")},
-    total=False,
-)
+def _section(name, settings):
+    "The fields of a run's settings that a scale gives."
+    fields = {key: kind for key, kind in annotations(settings).items() if key not in ("token_budget", "seed")}
+    return TypedDict(name, fields, total=False)
+
+
+Training = _section("Training", TrainSettings)
+Finetuning = _section("Finetuning", SFTSettings)
+Preference = _section("Preference", DPOSettings)
 
 
 class Evaluation(TypedDict, total=False):
@@ -79,14 +84,15 @@ class Scale(Parameters):
     data: Literal["toyworld", "paper"] = "toyworld"  # documents that train, and tasks that evaluate
     gpu: bool = False  # a machine without one is refused
     train: Training = field(default_factory=dict)
+    sft: Finetuning = field(default_factory=dict)
+    dpo: Preference = field(default_factory=dict)
     evaluate: Evaluation = field(default_factory=dict)
     diagnose: Diagnosis = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "teachers", _all_teachers(self.teacher, self.teachers))
-        list(map(get_condition, (*self.conditions, *self.page_conditions, *self.more_seeds)))
-        self.settings()
+        _check(self)
 
     def settings(self, *, token_budget: int | None = None, seed: int = 0) -> TrainSettings:
         "The settings of one training run, by default with the scale's token budget."
@@ -99,10 +105,23 @@ class Scale(Parameters):
 
     def get_teacher(self, teacher: str | None = None) -> tuple[str, str | None]:
         "A teacher, by default Table 1's, and the name of its runs' folder, None for Table 1's. Raises ValueError."
-        teacher = self.teacher if teacher is None else str(teacher)
-        if teacher not in self.teachers:
+        if (teacher := self.teacher if teacher is None else str(teacher)) not in self.teachers:
             raise ValueError(f"unknown teacher {teacher!r} of scale {self.name}; one of {', '.join(self.teachers)}")
         return teacher, None if teacher == self.teacher else PurePath(teacher).name
+
+# %% ../nbs/61_scales.ipynb #g2s1
+def post_settings(scale: Scale, seed: int = 0) -> tuple[SFTSettings, DPOSettings] | None:
+    "The settings of SFT and DPO; None where the scale does not post-train."
+    shared = {key: scale.train[key] for key in ("precision", "threads", "workers") if key in scale.train}
+    settings = SFTSettings(seed=seed, **shared | scale.sft), DPOSettings(seed=seed, **shared | scale.dpo)
+    return settings if scale.sft and scale.dpo else None
+
+
+def _check(scale: Scale) -> None:
+    "Raises ValueError on an unknown condition and on wrong settings."
+    for name in (*scale.conditions, *scale.page_conditions, *scale.more_seeds):
+        get_condition(name)
+    scale.settings(), post_settings(scale)
 
 # %% ../nbs/61_scales.ipynb #s008
 def _all_teachers(teacher: str, teachers: dict) -> dict[str, dict]:

@@ -529,10 +529,13 @@ def summary(run: Training) -> dict:
 
 # %% ../nbs/36_trainer.ipynb #c005
 def check_trainable(condition: Condition) -> None:
-    "Raises ValueError on the teacher itself, naming the conditions that can be trained."
-    if condition.mixer is None:
-        able = ", ".join(name for name, c in CONDITIONS.items() if c.mixer is not None)
-        raise ValueError(f"condition {condition.name!r} can't be trained: it is the teacher itself; these can: {able}")
+    "Raises ValueError on the teacher itself and after distillation, naming the conditions that can be trained."
+    if condition.mixer is None or condition.posttrained:
+        able = ", ".join(name for name, c in CONDITIONS.items() if c.mixer is not None and not c.posttrained)
+        reason = (
+            "SFT and DPO make it (nbs/runs/posttrain.ipynb)" if condition.posttrained else "it is the teacher itself"
+        )
+        raise ValueError(f"condition {condition.name!r} can't be trained: {reason}; these can: {able}")
 
 
 def _check_fit(student, condition, settings, processes, deadline):

@@ -105,7 +105,7 @@ def test_readme_is_current(builder):
     assert (ROOT / "README.md").read_text(encoding="utf-8") == builder.readme(), "run make readme"
 
 
-@pytest.mark.parametrize("extra", ["", "dev", "eval", "gpu"])
+@pytest.mark.parametrize("extra", ["", "dev", "eval", "posttrain", "gpu"])
 def test_requirements_are_pinned_to_what_is_installed(extra):
     for requirement in settings()[extra]:
         operators = {s.operator for s in requirement.specifier}
@@ -195,7 +195,7 @@ def test_imports_are_declared():
         *NOTEBOOKS,
     ]
     for path in everything:
-        extras = ("", "eval") if "heed_nb" in path.relative_to(ROOT).parts else ("", "eval", "dev")
+        extras = ("", "eval", "posttrain") + ("dev",) * ("heed_nb" not in path.relative_to(ROOT).parts)
         allowed = set().union(*(declared[extra] for extra in extras))
         for module in {name.split(".")[0] for name in imports(path)} - own - set(sys.stdlib_module_names):
             assert allowed & {canonicalize_name(name) for name in distributions[module]}, (

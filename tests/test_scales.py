@@ -6,7 +6,7 @@ import pytest
 
 from heed_nb.conditions import TrainSettings
 from heed_nb.parameters import NotebookParameters, annotations, check_parameters
-from heed_nb.scales import Diagnosis, Evaluation, Scale, Training, load_scale
+from heed_nb.scales import Diagnosis, Evaluation, Finetuning, Preference, Scale, Training, load_scale
 from test_conditions import taken
 
 
@@ -54,6 +54,8 @@ def test_nothing_means_all_questions(scale_file, root, monkeypatch):
         ({"evaluate.questions": 0}, "evaluate.questions is 0; it takes a whole number above 0, or nothing"),
         ({"train.lr": "fast"}, "train.lr is 'fast'; it takes a number above 0"),
         ({"train.stages": [0.5, 0.4, 0.3]}, "stages is (0.5, 0.4, 0.3); three shares"),
+        ({"dpo.rank": 0}, "dpo.rank is 0; it takes a whole number above 0"),
+        ({"sft.batch_size": 3, "sft.micro_batch": 2}, "batch_size is 3; it takes a multiple of micro_batch, 2"),
         ({"init": "warm"}, "init is 'warm'; it takes one of paper, mamba, identity"),
         ({"teachers": {"t": 600}}, "teachers is {'t': 600}; it takes a mapping of names to mappings, or nothing"),
         ({"teachers": {"b": {"start": [1]}}}, "start of teacher 'b' is [1]; it takes a name, or nothing"),
@@ -69,7 +71,7 @@ def test_a_wrong_scale_is_refused(scale_file, overrides, message):
 
 
 def test_a_scale_takes_values_of_a_key_s_kind_alone(scale_file):
-    sections = dict(train=Training, evaluate=Evaluation, diagnose=Diagnosis)
+    sections = dict(train=Training, sft=Finetuning, dpo=Preference, evaluate=Evaluation, diagnose=Diagnosis)
     keys = [
         *annotations(Scale),
         *(f"{name}.{key}" for name, section in sections.items() for key in annotations(section)),
@@ -78,9 +80,13 @@ def test_a_scale_takes_values_of_a_key_s_kind_alone(scale_file):
     texts = {name: ["'some words'"] for name in ("teacher", "evaluate.mirror")} | {
         f"train.{name}": ["None", "'some words'"] for name in ("density_cache", "gradient_cache")
     }
-    lists = dict.fromkeys(("side_seeds", "budgets", "side_budgets", "page_conditions", "open_points"), ["[]"])
-    mappings = dict.fromkeys(("teachers", "more_seeds", "train", "evaluate", "diagnose"), ["{}"])
-    numbers = {"train.threads": ["None"], "evaluate.questions": ["None"]}
+    lists = dict.fromkeys(
+        ("side_seeds", "budgets", "side_budgets", "page_conditions", "open_points", "dpo.targets"), ["[]"]
+    )
+    mappings = dict.fromkeys(("teachers", "more_seeds", *sections), ["{}"])
+    numbers = dict.fromkeys(("train.threads", "evaluate.questions"), ["None"]) | {
+        f"{section}.{key}": ["None"] for section in ("sft", "dpo") for key in ("samples", "micro_batch", "threads")
+    }
     assert {key: values for key, values in given.items() if values} == texts | lists | mappings | numbers | {
         "gpu": ["True"]
     }
