@@ -24,7 +24,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub import constants
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
@@ -34,7 +34,7 @@ from .checkpoints import check_same_run, fingerprint, rewind_log, save_student
 from .conditions import Condition, DPOSettings, SFTSettings
 from .files import SUMS, check_sums, locked, save_parts, settle, sync, write_file, write_sums
 from .hybrid import mixers_of
-from .samples import BadSample, Sample, as_sample, samples_of, viewed
+from .samples import BadSample, Batch, Sample, as_sample, samples_of, viewed
 from .trainer import OutOfTime, adamw, check_launch
 
 # %% ../nbs/38_posttrain.ipynb #q005
@@ -138,19 +138,15 @@ def check_data(
     return count
 
 # %% ../nbs/38_posttrain.ipynb #q031
-def _tensors(batch) -> dict:
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-
 def sft_batch(
     samples: list,
-    collate: Callable,  # samples -> batch with input_ids, attention_mask, labels, images
+    collate: Callable,  # samples -> `Batch`, or a mapping of its tensors with labels and keys
     max_length: int,  # tokens of a sample; a longer one has no label
 ) -> dict:  # inputs of the model, and labels [B, T], -100 except on answers
     "A batch as `SFTTrainer` takes it."
-    batch = _tensors(collate(samples))
-    batch["labels"][batch["attention_mask"].sum(1) > max_length] = -100
-    return batch
+    batch = Batch.of(collate(samples))
+    batch.labels[batch["attention_mask"].sum(1) > max_length] = -100
+    return batch.model_inputs | {"labels": batch.labels}
 
 
 def preference_batch(
@@ -160,10 +156,10 @@ def preference_batch(
 ) -> dict:  # inputs of the model, and completion_mask [2B, T], 1 on answers
     "A batch as `DPOTrainer` takes it: the chosen conversations, then the rejected ones."
     chosen, rejected = zip(*(as_pair(row, i) for i, row in enumerate(rows)))
-    batch = _tensors(collate([*chosen, *rejected]))
+    batch = Batch.of(collate([*chosen, *rejected]))
     lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0)
-    answers = (batch.pop("labels") != -100) & (lengths <= max_length).repeat(2)[:, None]
-    return batch | {"completion_mask": answers.long()}
+    answers = (batch.labels != -100) & (lengths <= max_length).repeat(2)[:, None]
+    return batch.model_inputs | {"completion_mask": answers.long()}
 
 # %% ../nbs/38_posttrain.ipynb #q035
 def _indices(count: int) -> Dataset:
@@ -407,7 +403,7 @@ def _holding(out: Path, wait: bool) -> Iterator[bool]:
 def sft(
     model: nn.Module,  # a student or a teacher; trained in place
     dataset,  # of `Sample`s or rows with messages, as for `distill`
-    collate: Callable,  # samples -> batch with input_ids, attention_mask, labels, images
+    collate: Callable,  # samples -> `Batch`, or a mapping of its tensors with labels and keys
     settings: SFTSettings,
     out: str | Path,  # the run's folder; a run that was stopped goes on from its last checkpoint
     *,

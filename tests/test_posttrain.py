@@ -74,9 +74,9 @@ def assert_same_run(a, b):
 
 def answer_log_probabilities(model, sample, collate):
     "Of each token of a conversation's answers, from the model's own logits."
-    batch = {k: v for k, v in collate([sample]).items() if isinstance(v, torch.Tensor)}
-    targets = next_tokens(batch.pop("labels"))[0]
-    logits = model(**batch, use_cache=False).logits[0]
+    batch = collate([sample])
+    targets = next_tokens(batch.labels)[0]
+    logits = model(**batch.model_inputs, use_cache=False).logits[0]
     return F.log_softmax(logits, -1)[targets != -100].gather(1, targets[targets != -100, None])[:, 0]
 
 
