@@ -133,7 +133,7 @@ def test_curves(tmp_path):
     row_25 = next(line for line in text.splitlines() if line.startswith("| 25"))
     assert all(paper in row_25 for paper in ("*58.0*", "*52.8*", "*+5.2*"))
     assert cell(text, "0: C1 KD", "5x by density") == "42.0 ± 2.0"
-    assert cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0" and "at most\n0.6" in text
+    assert cell(text, "0: C3 RSA", "5x at random") == "51.0 ± 1.0" and "of at most 0.6." in text
     assert lines["ocrbench_v2", "mask-50-random-50"]["verdict"] == "not run"
     assert "random-50-seed0-budget2000" in text.partition("**Missing**")[2]
     measured, _, of_paper = left["figure"].axes
