@@ -14,7 +14,6 @@ import json
 import math
 import os
 import string
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,15 +217,10 @@ class Family(_Patches):
     ) -> Tensor:  # [B, T], 0 at text
         "Density of every visual position (Eq. 2). Raises ValueError if there are more or fewer tokens than positions."
         mask = inputs.visual_mask
-        tokens = [torch.zeros(0, device=mask.device)] + [None] * len(inputs.patch_features)
-        grids = defaultdict(list)
-        for i, features in enumerate(inputs.patch_features, start=1):
-            grids[features.shape].append(i)
-        for images in grids.values():
-            features = torch.stack([inputs.patch_features[i - 1] for i in images])
-            for i, row in zip(images, self.token_density(features, reduce=reduce, radius=radius)):
-                tokens[i] = inputs.patch_weights[i - 1] @ row if inputs.patch_weights else row
-        tokens = torch.cat(tokens)
+        rows = [self.token_density(features, reduce=reduce, radius=radius) for features in inputs.patch_features]
+        if inputs.patch_weights:
+            rows = [weights @ rho for weights, rho in zip(inputs.patch_weights, rows)]
+        tokens = torch.cat([torch.zeros(0, device=mask.device), *rows])
         if len(tokens) != (visual := int(mask.sum())):
             raise ValueError(f"the patch features make {len(tokens)} tokens, but there are {visual} visual positions")
         density = tokens.new_zeros(mask.shape)
