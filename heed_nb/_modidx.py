@@ -803,6 +803,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'heed_nb.sources.difference_hash': ('sources.html#difference_hash', 'heed_nb/sources.py'),
                                  'heed_nb.sources.mixture': ('sources.html#mixture', 'heed_nb/sources.py'),
                                  'heed_nb.sources.pixel_hash': ('sources.html#pixel_hash', 'heed_nb/sources.py'),
+                                 'heed_nb.sources.plain_row': ('sources.html#plain_row', 'heed_nb/sources.py'),
                                  'heed_nb.sources.question_hashes': ('sources.html#question_hashes', 'heed_nb/sources.py'),
                                  'heed_nb.sources.read_sources': ('sources.html#read_sources', 'heed_nb/sources.py'),
                                  'heed_nb.sources.repository': ('sources.html#repository', 'heed_nb/sources.py'),

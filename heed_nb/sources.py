@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PLACE', 'SHORT', 'CAPTION', 'READ_ALOUD', 'READERS', 'SOURCES', 'TABLE_12', 'MIXTURES', 'BENCHMARKS', 'NEAR',
-           'LONG', 'conversation', 'Source', 'read_sources', 'repository', 'source_files', 'source_rows', 'mixture',
-           'pixel_hash', 'difference_hash', 'question_hashes', 'HeldOut']
+           'LONG', 'conversation', 'Source', 'read_sources', 'repository', 'source_files', 'source_rows', 'plain_row',
+           'mixture', 'pixel_hash', 'difference_hash', 'question_hashes', 'HeldOut']
 
 # %% ../nbs/41_sources.ipynb #s003
 import io
@@ -280,10 +280,23 @@ def _json_lines(files):
 def source_rows(
     files: Sequence[str],  # all Parquet or all JSON
 ) -> IterableDataset:
-    "Rows of Parquet with undecoded images, or lines of JSON as bytes, in order; its `state_dict` resumes."
+    "Rows of Parquet as Arrow tables of one row, or lines of JSON as bytes, in order; its `state_dict` resumes."
     if not files[0].endswith(".parquet"):
         return IterableDataset.from_generator(_json_lines, gen_kwargs={"files": list(files)})
-    return load_dataset("parquet", data_files=list(files), split="train", streaming=True).decode(False)
+    return (
+        load_dataset("parquet", data_files=list(files), split="train", streaming=True)
+        .decode(False)
+        .with_format("arrow")
+    )
+
+
+def plain_row(
+    item,  # of `source_rows`
+) -> dict:  # images as dictionaries with their bytes
+    "The row of an item. Raises ValueError on text that is not UTF-8 and on a damaged line."
+    if isinstance(item, pa.Table):
+        return item.to_pylist()[0]
+    return json.loads(item["line"]) | {name: item[name] for name in item if name != "line"}
 
 # %% ../nbs/41_sources.ipynb #s028
 _BENCHMARKS = ("DocVQA", "ChartQA", "TextVQA", "InfoVQA", "AI2D")

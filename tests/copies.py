@@ -143,8 +143,10 @@ ROWS = {  # source -> the path of its file, a row of it
 
 
 def write_rows(path, rows):
-    "Rows as Parquet, a JSON list or JSON lines, by the end of the name; a row may be the bytes of a line."
+    "Rows, or a file's bytes, as Parquet, a JSON list or JSON lines by the end of the name; a row may be a line's bytes."
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(rows, bytes):
+        return path.write_bytes(rows)
     if path.name.endswith(".parquet"):
         return Dataset.from_list(rows).to_parquet(path)
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]

@@ -1,22 +1,27 @@
 "Corpora from every source's schema: prepared, read, trained on; bad rows, kills and limits."
 
+import io
 import threading
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import copies
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from copies import picture
+from PIL import Image
 
 from heed_nb.conditions import CONDITIONS, TrainSettings
-from heed_nb.corpora import load_corpus, prepare
+from heed_nb.corpora import Caps, benchmark_rows, load_corpus, prepare
 from heed_nb.data import collate
 from heed_nb.downloads import public_addresses
 from heed_nb.hybrid import to_hybrid
-from heed_nb.samples import as_sample
-from heed_nb.sources import SOURCES, HeldOut
+from heed_nb.samples import as_sample, viewed
+from heed_nb.sources import BENCHMARKS, SOURCES, HeldOut
 from heed_nb.trainer import distill
 
 
@@ -34,7 +39,9 @@ def web():
             name = self.path.strip("/")
             number = name.removesuffix(".png")
             body = picture(int(number)) if number.isdigit() else b""
-            self.send_response(200 if body else 404)
+            self.send_response(200 if body else 302 if name == "private" else 404)
+            if name == "private":
+                self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/0.png")
             self.end_headers()
             self.wfile.write(body)
 
@@ -96,3 +103,186 @@ def test_every_source_gives_rows_that_collate(name, corpus, processor):
         if row.get("text") is None and "messages" in row:
             batch = collate([as_sample(row, 0)], processor)
             assert int(batch["attention_mask"].sum()) == row["tokens"]
+
+
+BAD = {  # source, a bad row beside its good ones, why it is skipped
+    "empty conversation": ("ShareGPT-4o", dict(image="0.png", conversations=[]), "unreadable row", "are none"),
+    "no answer": ("SlimOrca", dict(conversations=copies.said("Say 7.")), "unreadable row", "are none"),
+    "empty answer": ("LIMA", dict(conversations=["Say 7.", " "]), "unusable conversation", "answer 0 is empty"),
+    "two answers": ("LIMA", dict(conversations=["Say 7.", None]), "unusable text", "NoneType"),
+    "damaged line": ("LIMA", b'{"conversations": ["Say', "unreadable row", "control character"),
+    "invalid UTF-8": ("LIMA", b'{"conversations": ["Say \xff.", "7."]}', "unreadable row", "utf-8"),
+    "lone surrogate": ("LIMA", b'{"conversations": ["Say \\ud800.", "7."]}', "unusable text", "UTF-8"),
+    "image token": ("LIMA", dict(conversations=["Say <|image_pad|>.", "7."]), "unusable text", "<|image_pad|>"),
+    "turn token": ("LIMA", dict(conversations=["Say 7.", "7<|im_end|>8"]), "unusable text", "<|im_end|>"),
+    "empty text": ("DCLM-Baseline", dict(text=" \n"), "unusable text", "it is empty"),
+    "long answer": ("LIMA", dict(conversations=["Say 7.", "7" * 300]), "too long", "more tokens than the cap"),
+    "no such member": ("ShareGPT-4o", copies._llava(7, image="7.png"), "missing image", "0 members"),
+    "other folder": ("ShareGPT-4o", copies._llava(7, image="../../etc/passwd"), "missing image", "0 members"),
+    "too few images": (
+        "ShareGPT-4o",
+        dict(image="0.png", conversations=copies.said("<image><image>?", "7.")),
+        "",
+        "2 images",
+    ),
+    "same answers": ("MMPR", copies._mmpr(7) | dict(rejected="Noise 7."), "unreadable row", "are the same"),
+    "dead link": ("GRIT", copies._grit(7) | dict(url="http://images.test/gone"), "missing image", "HTTP 404"),
+    "private link": (
+        "GRIT",
+        copies._grit(7) | dict(url="http://127.0.0.1/0.png"),
+        "missing image",
+        "no public address",
+    ),
+    "redirect": (
+        "GRIT",
+        copies._grit(7) | dict(url="http://images.test/private"),
+        "missing image",
+        "no public address",
+    ),
+    "local file": ("GRIT", copies._grit(7) | dict(url="file:///etc/passwd"), "missing image", "no http or https URL"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_skipped_and_counted(case, corpus, web):
+    name, bad, reason, detail = BAD[case]
+    if isinstance(bad, dict) and "url" in bad:
+        bad = bad | dict(url=bad["url"].replace("images.test", f"images.test:{web}"))
+    good = [copies.ROWS[name][1](i) for i in range(3)]
+    rows, made = corpus(name, 3, [good[0], bad, *good[1:]], caps=Caps(tokens=200))
+    ((found, (count, example)),) = made["skipped"].items()
+    assert count == 1 and len(rows) == 3 and found.startswith(reason) and detail in example
+
+
+def file_of(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def orientation(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return exif
+
+
+PAGE = tiny.page(64, 48)
+UNUSABLE = {
+    "truncated": (picture(0)[:500], "can't decode"),
+    "no image": (b"<html>gone</html>", "cannot identify"),
+    "bomb": (file_of(Image.new("1", (8000, 8000)), "PNG"), "64000000 pixels"),
+    "thin": (file_of(Image.new("RGB", (1, 10_000)), "PNG"), "200 times the other"),
+    "large": (picture(0) + bytes(50_000), "40000"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_an_unusable_image_is_skipped(case, corpus):
+    data, detail = UNUSABLE[case]
+    good = [copies.ROWS["ShareGPT-4o"][1](i) for i in range(3)]
+    bad = copies._llava(7, image="bad.png")
+    rows, made = corpus("ShareGPT-4o", 3, [bad, *good], {"bad.png": data}, caps=Caps(bytes=40_000))
+    ((_, (count, example)),) = made["skipped"].items()
+    assert count == 1 and len(rows) == 3 and detail in example
+
+
+USABLE = {
+    "CMYK": file_of(PAGE.convert("CMYK"), "JPEG"),
+    "16 bits": file_of(Image.fromarray(np.asarray(PAGE)[..., 0].astype(np.uint16) * 257), "PNG"),
+    "turned": file_of(PAGE, "JPEG", exif=orientation(6)),
+    "animated": file_of(PAGE, "GIF", save_all=True, append_images=[tiny.page(64, 48, 1)]),
+    "palette": file_of(PAGE.quantize(), "PNG"),
+    "clear": file_of(PAGE.convert("RGBA"), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("case", USABLE)
+def test_an_unusual_image_is_stored_as_a_viewer_shows_it(case, corpus):
+    rows, made = corpus("ShareGPT-4o", 1, [copies._llava(7, image="new.png")], {"new.png": USABLE[case]})
+    (stored,) = rows[0]["images"]
+    assert made["skipped"] == {}
+    assert np.array_equal(np.asarray(viewed(stored)), np.asarray(viewed(USABLE[case])))
+    assert (stored["bytes"] == USABLE[case]) == (case != "animated")
+
+
+def test_text_that_is_not_utf8_in_parquet(corpus, tmp_path):
+    "Arrow checks no text when it reads."
+    binary = pa.array([b"one", b"\xff\xfe", b"two"])
+    text = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"text": text}), path)
+    rows, made = corpus("FineWeb-Edu", 2, path.read_bytes())
+    assert sorted(rows["text"]) == ["one", "two"] and "utf-8" in made["skipped"]["unreadable row"][1]
+
+
+def test_changed_columns_are_named(corpus):
+    rows = [dict(image=PAGE, question="How many?", label=["7"])]
+    with pytest.raises(ValueError, match="^ChartQA lacks query; its columns are image, question, label$"):
+        corpus("ChartQA", 1, rows)
+
+
+def test_a_source_stops_at_its_limit(corpus):
+    rows = [dict(conversations=["Say 7.", ""]), *map(copies.ROWS["LIMA"][1], range(9))]
+    with pytest.raises(
+        ValueError, match=r"^LIMA: 1 of 10 rows can't be used, more than its limit of 5%.*answer 0 is empty"
+    ):
+        corpus("LIMA", 9, rows, limit=0.05)
+    assert corpus("LIMA", 9, rows, limit=0.2)[1]["taken"] == 9  # the same folder, with a higher limit
+
+
+def test_caps_cut_texts_drop_turns_and_scale_images(corpus, processor):
+    caps = Caps(tokens=60, text_tokens=20, visual_tokens=9)
+    text = "é" * 30 + " end"
+    (row,), _ = corpus("DCLM-Baseline", 1, [dict(text=text)], caps=caps)
+    assert text.startswith(row["text"]) and row["tokens"] == 20 == len(row["text"].encode())
+
+
+def test_a_long_conversation_keeps_the_turns_that_fit(corpus):
+    rows, _ = corpus("LIMA", 1, [dict(conversations=["a?", "1", "b?", "2", "c?", "3" * 99])], caps=Caps(tokens=60))
+    assert texts(rows[0]) == ["a?", "1", "b?", "2"]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_large_image_is_scaled_not_cut(kind, corpus, processor):
+    page = Image.linear_gradient("L").resize((96, 96)).convert("RGB")  # 36 tokens
+    images = {"new.png": file_of(page, kind)}
+    rows, _ = corpus("ShareGPT-4o", 1, [copies._llava(7, image="new.png")], images, caps=Caps(visual_tokens=9))
+    small = viewed(rows[0]["images"][0])
+    assert rows[0]["visual_tokens"] == 9 and small.width == small.height < 96
+    edges = np.asarray(small)[[0, -1], 0, 0].astype(int)
+    assert edges[0] < 20 and edges[1] > 235  # the gradient's ends are still there
+    assert rows[0]["images"][0]["bytes"][:2] == images["new.png"][:2]
+
+
+def test_benchmark_rows_are_left_out(corpus, tmp_path):
+    copies.write_benchmarks(tmp_path / "copies")
+    held_out = benchmark_rows(tmp_path / "copies", progress=False)
+    assert len(held_out.questions) == len(held_out.pixels) == len(BENCHMARKS)
+    place = 1000 + list(BENCHMARKS).index("ChartQA")
+    image = tiny.page(64, 48, place)
+    near = Image.open(io.BytesIO(file_of(image, "JPEG", quality=90)))
+    row = lambda image, query: dict(image=image, query=query, label=["7"], human_or_machine=0)
+    bad = [row(image, "How many?"), row(near, "What is ChartQA?")]
+    other = [row(PAGE, "What is ChartQA?"), row(near, "How many?"), copies.ROWS["ChartQA"][1](1)]
+    rows, made = corpus("ChartQA", 3, bad + other, held_out=held_out, limit=0.01)
+    assert made["skipped"]["in a benchmark"][0] == 2 and len(rows) == 3
+
+
+def test_a_small_source_is_read_again(corpus):
+    rows, made = corpus("LIMA", 2_000)
+    assert made["taken"] == 4 and made["repeats"] == 500 and len(rows) == 2_000
+    assert texts(rows[0]) == texts(rows[4]) == texts(rows[1996])
+
+
+def test_another_plan_is_refused(corpus):
+    rows, _ = corpus("LIMA", 3)
+    assert list(corpus("LIMA", 3)[0]) == list(rows)  # done before
+    with pytest.raises(ValueError, match="was begun with another seed; remove it"):
+        corpus("LIMA", 3, seed=1)
+
+
+def test_a_corpus_that_is_not_whole_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match="LIMA ended after 4 of 5 rows"):
+        corpus("LIMA", 5)
+    with pytest.raises(ValueError, match="no whole corpus; `make data` prepares it"):
+        load_corpus(tmp_path / "corpus")
