@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import tiny
 from heed_nb import objective, trainer
 from heed_nb.batch import run_notebook
-from heed_nb.cached_weights import cache_identity, cached_values, complete_cache, record_values, with_cache_keys
+from heed_nb.cached_weights import cache_identity, complete_cache, record_values, with_cache_keys
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
 from heed_nb.hybrid import mixer_parameters, to_hybrid
@@ -29,7 +29,7 @@ from heed_nb.schedule import Batches, OutOfTime
 from heed_nb.streams import pair_with_teacher, unpair
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.weight_cache import dequantize, quantize, read_cache, write_shard
+from heed_nb.weight_cache import cached_values, dequantize, quantize, read_cache, write_shard
 
 processes = multiprocessing.get_context("fork")
 
