@@ -9,22 +9,21 @@ backward; the optimiser, the same for all, is left out. Every batch goes through
 
 import argparse
 import statistics
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from heed_nb.cached_weights import build_density_cache, build_gradient_cache, cached_values, with_cache_keys
+from heed_nb.cached_weights import record_values, with_cache_keys
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
 from heed_nb.hybrid import mixer_parameters, to_hybrid
 from heed_nb.files import root
-from heed_nb.streams import pair_with_teacher, replaced_indices
+from heed_nb.streams import pair_with_teacher
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.trainer import step_loss
+from heed_nb.objective import step_loss
+from heed_nb.weight_cache import quantize
 
 WARM_UP = 3  # batches that are not counted
 
@@ -34,49 +33,42 @@ def main(teacher, documents, steps):
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     teacher, processor = load_teacher(root() / teacher)
     student, dataset, to_batch = to_hybrid(teacher.to(device)), Documents(seed=0), partial(collate, processor=processor)
-    settings, layers = TrainSettings(token_budget=1_000_000, batch_size=documents), replaced_indices(student)
-    with tempfile.TemporaryDirectory() as folder:
-        options = dict(indices=range((WARM_UP + steps) * documents), progress=False)
-        density = build_density_cache(f"{folder}/density", teacher, dataset, to_batch, processor, settings, **options)
-        gradient = build_gradient_cache(
-            f"{folder}/gradient", teacher, dataset, to_batch, processor, CONDITIONS["C5"], layers, **options
-        )
-        sizes = [Path(cache.path).stat().st_size / len(cache) for cache in (density, gradient)]
-        pair_with_teacher(student, teacher)
-        student.to(device).train().requires_grad_(False)
-        for parameter in mixer_parameters(student).values():
-            parameter.requires_grad_(True)
+    settings = TrainSettings(token_budget=1_000_000, batch_size=documents)
+    pair_with_teacher(student, teacher)
+    student.to(device).train().requires_grad_(False)
+    for parameter in mixer_parameters(student).values():
+        parameter.requires_grad_(True)
 
-        def seconds(condition, cache, samples):
-            "Of a step; reading the cache is part of it, its keys are made where batches are."
-            batch = with_cache_keys(to_batch, cache.identity, samples) if cache is not None else to_batch(samples)
-            batch = batch.to(device)
-            cached = partial(cached_values, cache, batch.cache_keys, batch.keys, None) if cache is not None else None
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = clock()
-            step_loss(2, student, family_of(student), batch, condition, settings, cached)["loss"].backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            spent = clock() - start
-            student.zero_grad()
-            return spent
+    def seconds(condition, cached, samples):
+        "Of a step; reading the records is part of it, their keys are made where batches are."
+        batch, records = with_cache_keys(to_batch, condition, samples).to(device), None
+        if cached:
+            values = record_values(student, batch, condition, settings)
+            records = {key: quantize(of.cpu().numpy()) for key, of in zip(batch.cache_keys, values)}
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = clock()
+        step_loss(2, student, family_of(student), batch, condition, settings, records)["loss"].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = clock() - start
+        student.zero_grad()
+        return spent
 
-        rows = {
-            "C3": ("C3", None),
-            "C4": ("C4", None),
-            "C4, from a density cache": ("C4", density),
-            "C5": ("C5", None),
-            "C5, from a gradient cache": ("C5", gradient),
-        }
-        times = {name: [] for name in rows}
-        for step in range(WARM_UP + steps):
-            samples = [dataset[i] for i in range(step * documents, (step + 1) * documents)]
-            for name in list(rows)[:: 1 if step % 2 else -1]:
-                times[name].append(seconds(CONDITIONS[rows[name][0]], rows[name][1], samples))
+    rows = {
+        "C3": ("C3", False),
+        "C4": ("C4", False),
+        "C4, from a density cache": ("C4", True),
+        "C5": ("C5", False),
+        "C5, from a gradient cache": ("C5", True),
+    }
+    times = {name: [] for name in rows}
+    for step in range(WARM_UP + steps):
+        samples = [dataset[i] for i in range(step * documents, (step + 1) * documents)]
+        for name in list(rows)[:: 1 if step % 2 else -1]:
+            times[name].append(seconds(CONDITIONS[rows[name][0]], rows[name][1], samples))
     print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {steps} batches of {documents} documents; "
-        f"a cached document takes {sizes[0]:.0f} bytes of densities, {sizes[1]:.0f} of sensitivities\n"
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {steps} batches of {documents} documents\n"
     )
     print("| weights | a step | over C3 |\n|---|---|---|")
     for name in rows:

@@ -81,7 +81,8 @@ def is_stored(
         return False
     had, wanted = read_run(path)["parameters"], dict(teacher=batch.teachers[run.of], data=scale.data)
     if kind == "distill":
-        had, settings = had | had["settings"], scale.settings(token_budget=run.token_budget, seed=run.seed)
+        settings = scale.settings(run.condition, token_budget=run.token_budget, seed=run.seed)
+        had |= had["settings"]
         wanted |= dict(init=scale.init) | asdict(settings)
     else:
         wanted |= scale.evaluate

@@ -27,8 +27,8 @@ from heed_nb.parameters import (
 
 # %% auto #0
 __all__ = ['ALIGNMENTS', 'EQ_3', 'WEIGHTS', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED',
-           'REASONING', 'REGIMES', 'TASKS', 'SPEED_ONLY', 'Condition', 'get_condition', 'differing', 'components',
-           'recipe_table', 'alignment_table', 'Benchmark', 'TrainSettings', 'SFTSettings', 'DPOSettings',
+           'REASONING', 'REGIMES', 'TASKS', 'SPEED_ONLY', 'CACHED', 'Condition', 'get_condition', 'differing',
+           'components', 'recipe_table', 'alignment_table', 'Benchmark', 'TrainSettings', 'SFTSettings', 'DPOSettings',
            'weight_parameters']
 
 # %% ../nbs/30_conditions.ipynb #c005
@@ -355,8 +355,10 @@ class TrainSettings(Parameters):
     normalize_over: Literal["all", "visual"] = "all"  # positions of the min-max
     reduce: Literal["features", "mean", "max"] = "features"  # Eq. 2 between tokens; of patches: their mean or max
     temper: NonNegative = 1.0  # exponent of C5's gradient weights: 1 is Eq. 7, 0 uniform
-    density_cache: Text | None = None  # file of heed_nb.weight_cache; None: density is computed at each step
-    gradient_cache: Text | None = None  # the same for the sensitivities of C5, +LD or +SL
+    density_cache: Text | None = (
+        None  # folder of weight caches, filled as needed; None: density is computed at each step
+    )
+    gradient_cache: Text | None = None  # the same for C5's sensitivities
     kl_weight: NonNegative = 1.0  # Eq. 1
     ce_weight: NonNegative = 0.1
     kl_chunk: Count = CHUNK_SIZE  # tokens whose logits are held at once
@@ -415,6 +417,8 @@ class DPOSettings(SFTSettings):
 
 # %% ../nbs/30_conditions.ipynb #c022b
 SPEED_ONLY = ("workers", "checkpoint_every", "skip_bad")  # fields of TrainSettings that change no number
+_DENSITIES = ("density", "shuffled")  # masks rank positions, and of 16 levels many tie
+CACHED = dict.fromkeys(_DENSITIES, "density_cache") | {"gradient": "gradient_cache"}  # weights -> setting
 
 
 def weight_parameters(condition: Condition, settings: TrainSettings) -> dict[str, float]:  # tau, text_boost
@@ -425,10 +429,7 @@ def weight_parameters(condition: Condition, settings: TrainSettings) -> dict[str
     }
 
 # %% ../nbs/30_conditions.ipynb #c022d
-_MOVED = {"Scale": "scales", "load_scale": "scales", "check_parameters": "parameters"}
-
-
-def __getattr__(name):  # names of other modules that scripts import from here; scales is on a higher shelf
-    if name in _MOVED:
-        return getattr(import_module(f"heed_nb.{_MOVED[name]}"), name)
+def __getattr__(name):  # scripts import load_scale from here; scales is on a higher shelf
+    if name == "load_scale":
+        return import_module("heed_nb.scales").load_scale
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Literal, TypedDict
 
 import yaml
 
-from .conditions import DPOSettings, SFTSettings, TrainSettings, get_condition
+from .conditions import CACHED, DPOSettings, SFTSettings, TrainSettings, get_condition
 from .files import root
 from heed_nb.parameters import (
     DTYPES,
@@ -36,9 +36,12 @@ __all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'S
            'load_scale']
 
 # %% ../nbs/61_scales.ipynb #s005
+_RUNS = ("token_budget", "seed", "density_cache", "gradient_cache")  # set by a run, or by a key of the scale
+
+
 def _section(name, settings):
     "The fields of a run's settings that a scale gives."
-    fields = {key: kind for key, kind in annotations(settings).items() if key not in ("token_budget", "seed")}
+    fields = {key: kind for key, kind in annotations(settings).items() if key not in _RUNS}
     return TypedDict(name, fields, total=False)
 
 
@@ -83,6 +86,8 @@ class Scale(Parameters):
     open_points: tuple[Name, ...] = ()  # choices of heed_nb/paper/open_points.csv to try, e.g. "init=mamba"
     data: Literal["toyworld", "paper"] = "toyworld"  # documents that train, and tasks that evaluate
     gpu: bool = False  # a machine without one is refused
+    density_cache: bool = False  # density is computed once for all runs, and stored with four bits
+    gradient_cache: bool = False  # the same for C5's sensitivities
     train: Training = field(default_factory=dict)
     sft: Finetuning = field(default_factory=dict)
     dpo: Preference = field(default_factory=dict)
@@ -94,9 +99,13 @@ class Scale(Parameters):
         object.__setattr__(self, "teachers", _all_teachers(self.teacher, self.teachers))
         _check(self)
 
-    def settings(self, *, token_budget: int | None = None, seed: int = 0) -> TrainSettings:
-        "The settings of one training run, by default with the scale's token budget."
-        return TrainSettings(self.token_budget if token_budget is None else token_budget, seed, **self.train)
+    def settings(
+        self, condition: str | None = None, *, token_budget: int | None = None, seed: int = 0
+    ) -> TrainSettings:
+        "The settings of a training run: the scale's token budget by default, and the cache that the condition reads."
+        settings = TrainSettings(self.token_budget if token_budget is None else token_budget, seed, **self.train)
+        cache = CACHED.get(get_condition(condition).weights, "") if condition else ""
+        return replace(settings, **{cache: f"outputs/{self.name}/caches"}) if getattr(self, cache, False) else settings
 
     def takes(self, condition: str, seed: int) -> bool:
         "Whether the scale runs a condition with a seed. A seed in `more_seeds` is for its conditions alone."

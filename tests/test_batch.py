@@ -213,6 +213,8 @@ def test_all_of_smoke(finished, root):
         assert len(scores) == 12 and all(0 <= score <= 100 for score in scores)
     whole = ("table_01", "table_03_runs", "table_05", "table_06", "table_08", "table_09", "figure_a8")
     assert not any("Missing" in tables[name] for name in whole) and "| C4" in tables["table_01"]
+    caches = [json.loads(path.read_text())["content"][0] for path in (out / "caches").glob("*/identity.json")]
+    assert sorted(caches) == ["density", "density", "gradient"]  # of two teachers; C5's
     for file in (root / "outputs/teachers").rglob("*"):  # smoke's own teacher is elsewhere
         assert file.is_dir() or (finished / file.relative_to(root)).read_bytes() == file.read_bytes()
 

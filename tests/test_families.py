@@ -27,7 +27,7 @@ from heed_nb.losses import record_outputs
 from heed_nb.mixers import MIXERS
 from heed_nb.teachers import family_class, family_of, load_teacher, paper_config
 from heed_nb.streams import aligned_outputs, pair_with_teacher, replaced_layers, teacher_path
-from heed_nb.trainer import step_loss
+from heed_nb.objective import step_loss
 
 FAMILIES = list(tiny.TINY)
 CASES = [(family, "mamba2", "paper") for family in FAMILIES] + [

@@ -154,7 +154,7 @@ def test_a_teacher_in_the_hubs_cache_is_one_that_is_whole(lacking, message, tmp_
 )
 def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
     scale, folder = load_scale("smoke"), copy / "outputs/smoke/runs/C4-seed7-budget3000"
-    made = dict(teacher=scale.teacher, data=scale.data, init=scale.init, settings=asdict(scale.settings(seed=7)))
+    made = dict(teacher=scale.teacher, data=scale.data, init=scale.init, settings=asdict(scale.settings("C4", seed=7)))
     if kind == "evaluate":
         write_run(folder / "distill.json", "distill", made, {})
     write_run(

@@ -77,9 +77,8 @@ def test_a_scale_takes_values_of_a_key_s_kind_alone(scale_file):
         *(f"{name}.{key}" for name, section in sections.items() for key in annotations(section)),
     ]
     given = {key: taken(lambda value: load_scale("tiny", {key: value})) for key in keys}
-    texts = {name: ["'some words'"] for name in ("teacher", "evaluate.mirror")} | {
-        f"train.{name}": ["None", "'some words'"] for name in ("density_cache", "gradient_cache")
-    }
+    texts = dict.fromkeys(("teacher", "evaluate.mirror"), ["'some words'"])
+    switches = dict.fromkeys(("gpu", "density_cache", "gradient_cache"), ["True"])
     lists = dict.fromkeys(
         ("side_seeds", "budgets", "side_budgets", "page_conditions", "open_points", "dpo.targets"), ["[]"]
     )
@@ -87,9 +86,7 @@ def test_a_scale_takes_values_of_a_key_s_kind_alone(scale_file):
     numbers = dict.fromkeys(("train.threads", "evaluate.questions"), ["None"]) | {
         f"{section}.{key}": ["None"] for section in ("sft", "dpo") for key in ("samples", "micro_batch", "threads")
     }
-    assert {key: values for key, values in given.items() if values} == texts | lists | mappings | numbers | {
-        "gpu": ["True"]
-    }
+    assert {key: values for key, values in given.items() if values} == texts | lists | mappings | numbers | switches
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -14,7 +14,6 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -26,16 +25,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from heed_nb import files, losses, schedule, streams, trainer
+from heed_nb import files, objective, schedule, trainer
 from heed_nb import checkpoints as checkpointing
 from heed_nb.conditions import CONDITIONS, TrainSettings
-from heed_nb.data import BadSample, Batch
-from heed_nb.density import position_weights
+from heed_nb.data import BadSample
 from heed_nb.hybrid import mixer_parameters, to_hybrid, transferred_parameters
-from heed_nb.streams import pair_with_teacher, teacher_path
-from heed_nb.teachers import family_of
+from heed_nb.schedule import OutOfTime
 from heed_nb.toy_teachers import train_teacher
-from heed_nb.trainer import checkpoints, distill
+from heed_nb.timing import Phases
+from heed_nb.trainer import check_launch, checkpoints, distill
 
 IMAGE = tiny.config("qwen3_vl").image_token_id
 SETTINGS = TrainSettings(token_budget=1800, lr=1e-3, batch_size=4, checkpoint_every=4, threads=1)
@@ -125,22 +123,21 @@ def whole(tmp_path_factory):
 def test_a_run_logs_each_step_and_returns_its_numbers(whole):
     out, numbers = whole
     lines = log(out)
-    assert [line["step"] for line in lines] == list(range(1, numbers["steps"] + 1))
-    assert [line["stage"] for line in lines] == sorted(line["stage"] for line in lines)
-    tokens = {stage: sum(line["stage"] == stage for line in lines) / len(lines) for stage in (1, 2, 3)}
-    assert tokens[1] == pytest.approx(0.1, abs=0.05) and tokens[2] == pytest.approx(0.3, abs=0.05)
-    assert lines[-1]["tokens"] == numbers["tokens"] >= SETTINGS.token_budget > lines[-2]["tokens"]
-    assert set(numbers["losses"]) == {"stage_1", "stage_2", "stage_3"} and set(numbers["losses"]["stage_3"]) == {
-        "loss",
-        "kl",
-        "ce",
+    steps, stages, tokens = ([line[name] for line in lines] for name in ("step", "stage", "tokens"))
+    assert steps == list(range(1, numbers["steps"] + 1)) and stages == sorted(stages)
+    shares = [stages.count(stage) / len(stages) for stage in (1, 2)]
+    assert shares == pytest.approx([0.1, 0.3], abs=0.05)
+    assert tokens[-1] == numbers["tokens"] >= SETTINGS.token_budget > tokens[-2]
+    assert {stage: set(terms) for stage, terms in numbers["losses"].items()} == {
+        "stage_1": {"loss"},
+        "stage_2": {"loss"},
+        "stage_3": {"loss", "kl", "ce"},
     }
-    assert all(
-        line["loss"] == pytest.approx(line["kl"] + 0.1 * line["ce"], rel=1e-5) for line in lines if line["stage"] == 3
-    )  # Eq. 1
+    last = [(line["loss"], line["kl"] + 0.1 * line["ce"]) for line in lines if line["stage"] == 3]
+    assert all(loss == pytest.approx(eq_1, rel=1e-5) for loss, eq_1 in last)
     assert numbers["parameters"]["student"] > numbers["parameters"]["teacher"] > 0
     assert sum(numbers["phase_seconds"].values()) <= numbers["seconds"] * 1.001
-    assert all(numbers["phase_seconds"][phase] > 0 for phase in trainer.Phases.names)
+    assert all(numbers["phase_seconds"][phase] > 0 for phase in Phases.names)
     assert len(checkpoints(out)) == 2 and list((out / "tensorboard").iterdir())
 
 
@@ -175,13 +172,11 @@ def test_what_trains_in_each_stage(tmp_path, monkeypatch, stage, tokens):
 def test_a_condition_runs_and_its_loss_falls(tmp_path, condition):
     settings = replace(SETTINGS, token_budget=1000, lr=3e-3, stages=(0.0, 0.5, 0.5), orient_share=0.3)
     run(tmp_path, condition, settings, data=FiniteNoise(4))  # the same four samples in each step
-    lines = log(tmp_path)
-    assert {line["stage"] for line in lines} == {3} | ({2} if CONDITIONS[condition].alignment else set()) | (
-        {0} if CONDITIONS[condition].orient else set()
-    )
-    for stage in (0, 2, 3):
-        losses = [line["loss"] for line in lines if line["stage"] == stage]
-        assert not losses or losses[-1] < losses[0]
+    losses, row = {}, CONDITIONS[condition]
+    for line in log(tmp_path):
+        losses.setdefault(line["stage"], []).append(line["loss"])
+    assert [*losses] == [0] * row.orient + [2] * bool(row.alignment) + [3]
+    assert all(of[-1] < of[0] for of in losses.values())
 
 
 def test_a_student_of_gated_deltanet_is_loaded_and_generates(tmp_path):
@@ -267,158 +262,9 @@ def test_an_interrupted_orientation_ends_with_the_same_bits(tmp_path):
     assert_same_run(tmp_path / "interrupted", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("family", tiny.TINY)
-@torch.no_grad()
-def test_the_matrix_of_each_familys_attention(family):
-    "The library's own of an eager run, from a teacher that runs otherwise and stays as it was; 0 distance to itself."
-    model, batch = tiny.teacher(family), tiny.batch_of(tiny.samples(family)[:2], tiny.processor(family))
-    student = pair_with_teacher(to_hybrid(model), model)
-    kind, mask = family_of(student), batch["attention_mask"]
-    layers = streams.replaced_layers(student)
-    with teacher_path(student):
-        given = streams.attention_inputs(kind.decoder(student), kind.language_inputs(student, batch), layers)
-    matrices = [streams.attention_matrix(layer.teacher_attn, g, mask) for layer, g in zip(layers, given)]
-    assert layers[0].teacher_attn.config._attn_implementation == "sdpa"
-    model.set_attn_implementation("eager")
-    expected = model(**batch, output_attentions=True).attentions[:3]
-    real = mask.bool()
-    for ours, theirs in zip(matrices, expected):
-        assert ours.shape == (2, 4, mask.shape[1], mask.shape[1])
-        for b in range(2):
-            torch.testing.assert_close(ours[b][:, real[b]][..., real[b]], theirs[b][:, real[b]][..., real[b]])
-    for layer, matrix in zip(layers, matrices):
-        layer.self_attn.mixing_matrix = lambda *_, matrix=matrix: matrix
-    assert streams.orientation_loss(layers, given, mask) == 0
-
-
-def test_conditions_differ_in_the_alignment_stages(tmp_path, whole):
-    first = {"C4": log(whole[0])[0]["loss"]}
-    names = "C2 C3 C4-shuffled -Density -Residual C5 +LD +SL mask-25 random-25 C3-forced MaTVLM mmMamba"
-    for condition in names.split():
-        run(tmp_path / condition, condition, replace(SETTINGS, token_budget=1, stages=(1.0, 0.0, 0.0)))
-        first[condition] = log(tmp_path / condition)[0]["loss"]
-    assert len(set(first.values())) == len(first)
-
-
-def test_weights_without_contrast_are_uniform(tmp_path):
-    "C5 and +LD tempered away, and C4 at an endless temperature, train as C3 does."
-    settings = replace(SETTINGS, token_budget=120, stages=(0.0, 1.0, 0.0))
-    losses = {}
-    for condition, change in (
-        ("C3", {}),
-        ("C5", dict(temper=0.0)),
-        ("+LD", dict(temper=0.0)),
-        ("C4", dict(tau=1e9)),
-        ("C5 raw", {}),
-    ):
-        run(tmp_path / condition, condition.split()[0], replace(settings, **change))
-        losses[condition] = [line["loss"] for line in log(tmp_path / condition)]
-    raw = losses.pop("C5 raw")
-    assert all(values == pytest.approx(losses["C3"], rel=1e-5) for values in losses.values()) and raw != pytest.approx(
-        losses["C3"], rel=1e-2
-    )
-
-
-def paired(family):
-    "A student beside its teacher, its kind, its replaced layers and what its decoder reads of a batch."
-    teacher, batch = tiny.teacher(family), tiny.batch_of(tiny.samples(family), tiny.processor(family))
-    model = pair_with_teacher(to_hybrid(teacher), teacher)
-    kind = family_of(model)
-    return model, kind, streams.replaced_layers(model), batch, kind.language_inputs(model, batch)
-
-
-@pytest.mark.parametrize("family", tiny.TINY)
-def test_gradient_weights_of_a_step_are_eq_7(family):
-    "The risk differentiated with a hook on each aligned layer of the teacher; residuals of a pass without it."
-    model, kind, layers, batch, inputs = paired(family)
-    labels = batch["input_ids"].masked_fill(inputs.visual_mask, -100)
-    labels[:, :-3] = -100
-    labelled = Batch(batch, labels, list("abcd"))
-    seen = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            trainer,
-            "residual_alignment",
-            lambda student, target, weights, distance: seen.update(target=target, weights=weights),
-        )
-        for condition in ("C3", "C5", "+LD", "+SL"):
-            trainer.step_loss(2, model.train().requires_grad_(False), kind, labelled, CONDITIONS[condition], SETTINGS)
-            seen[condition] = seen.pop("target"), seen.pop("weights")
-    teacher = tiny.teacher(family)
-    with losses.record_outputs(kind.layers(teacher)[:3]) as outputs:
-        hidden = kind.decoder(teacher)(**kind.language_inputs(teacher, batch).kwargs).last_hidden_state
-    logits = kind.lm_head(teacher)(hidden)[:, :-1]
-    risk = sum(torch.nn.functional.cross_entropy(*pair) for pair in zip(logits, labels[:, 1:]))
-    s = torch.stack([g.square().sum(-1) for g in torch.autograd.grad(risk, outputs)])
-    real = batch["attention_mask"]
-    for condition, expected in (("C5", s.sum(0)), ("+LD", s), ("+SL", s[1])):
-        target, weights = seen[condition]
-        torch.testing.assert_close(
-            weights, expected * (real.sum(-1) / expected.sum(-1))[..., None], rtol=1e-3, atol=1e-4
-        )
-        for ours, plain in zip(target, seen["C3"][0]):
-            torch.testing.assert_close(ours, plain)
-
-
-def test_a_conditions_own_tau_and_beta_are_those_of_its_weights(monkeypatch):
-    "Each row of the sweep is Algorithm 1 with its number; what it leaves open is the settings', as all of C4's is."
-    model, kind, layers, batch, inputs = paired("qwen3_vl")
-    used, settings, mask = [], replace(SETTINGS, tau=0.7, text_boost=1.5), batch["attention_mask"]
-    monkeypatch.setattr(trainer, "residual_alignment", lambda student, target, weights, distance: used.append(weights))
-    own = {
-        "C4": {},
-        "tau-0.25": dict(tau=0.25),
-        "tau-1": dict(tau=1.0),
-        "beta-1": dict(text_boost=1.0),
-        "beta-4": dict(text_boost=4.0),
-    }
-    density = kind.density(inputs)
-    expected = [
-        position_weights(density, inputs.visual_mask, attention_mask=mask, **dict(tau=0.7, text_boost=1.5) | given)
-        for given in own.values()
-    ]
-    for name in own:
-        trainer.step_loss(2, model, kind, Batch(batch, None, list("abcd")), CONDITIONS[name], settings)
-    torch.testing.assert_close(used, expected, rtol=0, atol=0)
-    assert not any(one.allclose(other) for one, other in combinations(used, 2))
-
-
-@pytest.mark.parametrize("family", tiny.TINY)
-@pytest.mark.parametrize("alignment", ["residual", "attention_output", "head_output"])
-@torch.no_grad()
-def test_a_forced_student_reads_the_teachers_stream_in_each_layer(family, alignment):
-    "Each replaced layer by itself, given what the teacher's layer was given."
-    model, kind, layers, batch, inputs = paired(family)
-    decoder, given = kind.decoder(model), []
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
-        for layer in layers
-    ]
-    with teacher_path(model), losses.record_inputs(layers) as stream:
-        streams.aligned_outputs(decoder, inputs, layers, "residual")
-    for hook in hooks:
-        hook.remove()
-    with streams.forced(layers, stream):
-        found = streams.aligned_outputs(decoder, inputs, layers, alignment)
-    types, real = model.config.get_text_config().layer_types, batch["attention_mask"].bool()
-    for layer, (args, kwargs), ours in zip(layers, given, found):
-        block = layer.self_attn
-        module = {"residual": layer, "attention_output": block, "head_output": block.o_proj}[alignment]
-        read = losses.record_inputs if alignment == "head_output" else losses.record_outputs
-        with read([module]) as expected:
-            layer(*args, **kwargs | {"linear_attention_mask": batch["attention_mask"]})
-        torch.testing.assert_close(ours[real], expected[0][real])
-    assert types[:3] == ["linear_attention"] * 3
-    free = streams.aligned_outputs(decoder, inputs, layers, alignment)
-    torch.testing.assert_close(free[0], found[0])
-    assert not torch.allclose(free[2][real], found[2][real], rtol=1e-2)
-
-
 def test_stopped_by_its_deadline_it_ends_with_the_same_bits(tmp_path, whole):
     for step in (1, 2, 3):
-        with pytest.raises(
-            trainer.OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"
-        ):
+        with pytest.raises(OutOfTime, match=f"of {SETTINGS.token_budget} tokens; called again, .* goes on from there"):
             run(tmp_path, deadline=time.time())
         assert checkpointing.load_checkpoint(tmp_path)[1]["step"] == step == len(log(tmp_path))
         assert not (tmp_path / "student").exists()
@@ -491,7 +337,7 @@ def test_killed_while_it_writes_it_ends_with_the_same_bits(tmp_path, whole, proc
 
 
 def two_checkpoints(folder):
-    "Every kind of tensor and of JSON; whether a checkpoint's content is one that was saved."
+    "Writes every kind of tensor and of JSON; a function that says whether content is that of a saved step."
     saved = {}
     for step in (1, 2):
         g = torch.Generator().manual_seed(step)
@@ -506,54 +352,44 @@ def two_checkpoints(folder):
         saved[step] = tensors, {"step": step, "run": {"name": "Zoë", "list": [1.5, None, True]}}
         checkpointing.save_checkpoint(folder, *saved[step])
 
-    def known(found):
-        tensors, state = saved[found[1]["step"]]
-        return (
-            found[1] == state
-            and found[0].keys() == tensors.keys()
-            and all(found[0][k].dtype == t.dtype and found[0][k].equal(t) for k, t in tensors.items())
-        )
+    def known(tensors, state):
+        expected, same = saved[state["step"]][0], lambda a, b: a.dtype == b.dtype and a.equal(b)
+        names = tensors.keys() == expected.keys()
+        return names and state == saved[state["step"]][1] and all(same(tensors[k], t) for k, t in expected.items())
 
     return known
 
 
-@pytest.mark.parametrize("change", ["flip a bit", "flip some", "cut", "append", "swap"])
-def test_a_checkpoint_that_changed_is_noticed_or_has_its_content(tmp_path, capsys, change):
-    known, r = two_checkpoints(tmp_path), random.Random(0)
+def changed(good, how):
+    "Bytes that are damaged in a way."
+    r, places = random.Random(0), range(len(good))
+    patched = lambda at, new: good[:at] + bytes(new) + good[at + len(new) :]
+    return {
+        "flip a bit": [patched(at // 8, [good[at // 8] ^ 1 << at % 8]) for at in range(0, 8 * len(good), 7)],
+        "fill": [patched(r.choice(places[:-8]), r.randbytes(r.choice((2, 8)))) for _ in range(300)],
+        "swap": [
+            patched(at, good[at + 4 : at + 5] + good[at + 1 : at + 4] + good[at : at + 1]) for at in places[:-4:3]
+        ],
+        "cut": [good[:at] for at in places[::7]],
+        "append": [good + bytes(more) for more in range(1, 100, 9)],
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["flip a bit", "fill", "swap", "cut", "append"])
+def test_a_checkpoint_that_changed_is_noticed_or_has_its_content(tmp_path, capsys, how):
+    known, noticed = two_checkpoints(tmp_path), []
     newest = checkpoints(tmp_path)[0]
-    good = newest.read_bytes()
-    changes = {
-        "flip a bit": [{at // 8: good[at // 8] ^ 1 << at % 8} for at in range(0, 8 * len(good), 7)],
-        "flip some": [{r.randrange(len(good)): r.randrange(256) for _ in range(r.choice((2, 8)))} for _ in range(300)],
-        "swap": [{at: good[at + 4], at + 4: good[at]} for at in range(0, len(good) - 4, 3)],
-        "cut": range(0, len(good), 7),
-        "append": range(1, 100, 9),
-    }[change]
-    noticed = 0
-    for one in changes:
-        data = bytearray(good)
-        if change == "cut":
-            del data[one:]
-        elif change == "append":
-            data += bytes(one)
-        else:
-            for at, byte in one.items():
-                data[at] = byte
+    for data in changed(newest.read_bytes(), how):
         newest.write_bytes(data)
-        found = checkpointing.load_checkpoint(tmp_path)
-        assert known(found)
-        noticed += found[1]["step"] == 1
-        said = capsys.readouterr().err
-        assert (
-            said == ""
-            if found[1]["step"] == 2
-            else re.fullmatch(rf"{newest} is damaged \(.+\); going back to step-00000001.safetensors\n", said)
-        )
-    assert noticed > 0.9 * len(changes)
+        tensors, state = checkpointing.load_checkpoint(tmp_path)
+        assert known(tensors, state)
+        noticed.append(state["step"] == 1)
+        line = rf"{newest} is damaged \(.+\); going back to step-00000001.safetensors\n"
+        assert re.fullmatch(line if noticed[-1] else "", capsys.readouterr().err)
+    assert sum(noticed) > 0.9 * len(noticed)
 
 
-def old_form(path):
-    "As it is without a checksum."
+def without_checksum(path):
     with safe_open(path, "pt") as file:
         save_file({name: file.get_tensor(name) for name in file.keys()}, path, {"state": file.metadata()["state"]})
 
@@ -563,38 +399,37 @@ def folder_in_its_place(path):
     path.mkdir()
 
 
-def flipped(path):
+@pytest.mark.parametrize("damage", [without_checksum, folder_in_its_place])
+def test_what_is_no_checkpoint_is_passed_over_and_removed(tmp_path, damage):
+    two_checkpoints(tmp_path)
+    damage(checkpoints(tmp_path)[0])
+    assert checkpointing.load_checkpoint(tmp_path)[1]["step"] == 1
+    checkpointing.drop_newer(tmp_path, 1)
+    assert [path.stem for path in checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def flip(path):
     data = bytearray(path.read_bytes())
     data[-1000] ^= 64
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [flipped, old_form, folder_in_its_place, lambda path: os.truncate(path, 1000), lambda path: path.write_text("{}")],
-    ids=["flipped", "old form", "folder", "cut", "text"],
-)
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole, capfd, damage):
+def test_a_run_goes_back_to_the_checkpoint_that_is_whole(tmp_path, whole, capfd):
     out = tmp_path / "run"
-    shutil.copytree(whole[0], out)
-    shutil.rmtree(out / "student")
+    shutil.copytree(whole[0], out, ignore=shutil.ignore_patterns("student"))
     newest, older = checkpoints(out)
-    damage(newest)
-    if damage is not flipped:
-        with pytest.raises(trainer.OutOfTime):
-            run(out, deadline=0)
-        assert f"{newest} is damaged (" in capfd.readouterr().err and len(log(out)) == int(older.stem[5:]) + 1
-        return
+    flip(newest)
     run(out)
+    assert f"{newest} is damaged (" in capfd.readouterr().err
     assert_same_run(out, whole[0])
-    events = sorted((out / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    steps = [event.step for event in EventFileLoader(str(events[-1])).Load() if event.summary.value]
-    assert steps and min(steps) == int(older.stem[5:]) + 1
+    events = max((out / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    steps = [event.step for event in EventFileLoader(str(events)).Load() if event.summary.value]
+    assert min(steps) == int(older.stem[5:]) + 1
     for path in checkpoints(out):
-        damage(path)
-    why = r"\(another checksum than was written\), and no other is whole"
+        flip(path)
+    remedy = rf"and no other is whole; remove {out}/checkpoint to begin again$"
     with pytest.raises(
-        ValueError, match=rf"^{checkpoints(out)[1]} is damaged {why}; remove {out}/checkpoint to begin again$"
+        ValueError, match=rf"^{checkpoints(out)[1]} is damaged \(another checksum than was written\), {remedy}"
     ):
         run(out)
 
@@ -616,13 +451,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole, monkeypatch):
     assert run(tmp_path) == first
 
 
-def test_batches_prepared_by_other_processes_are_the_same(tmp_path, whole):
-    run(tmp_path, settings=replace(SETTINGS, workers=1))
-    assert_same_run(tmp_path, whole[0])
-
-
 def test_a_run_may_go_on_with_other_workers_and_checkpoints(tmp_path, whole):
-    with pytest.raises(trainer.OutOfTime):
+    with pytest.raises(OutOfTime):
         run(tmp_path, deadline=0)
     run(tmp_path, settings=replace(SETTINGS, workers=1, checkpoint_every=5))
     assert_same_run(tmp_path, whole[0])
@@ -669,7 +499,7 @@ def test_times_on_a_gpu_are_read_once_it_has_caught_up(monkeypatch, late):
             return 1000 * (end.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    phases = trainer.Phases(torch.device("cuda"))
+    phases = Phases(torch.device("cuda"))
     for step in range(3):
         for name in ("data", "student", "optimizer", "checkpoint"):
             phases.mark(name)
@@ -721,11 +551,6 @@ def test_two_processes_share_a_run(tmp_path, processes):
     alone = student(tmp_path / "alone")
     for name, value in one.items():
         torch.testing.assert_close(value, alone[name], atol=1e-3, rtol=0)
-
-
-def test_a_finite_dataset_is_read_in_epochs(tmp_path):
-    numbers = run(tmp_path, data=FiniteNoise(10))
-    assert numbers["steps"] * SETTINGS.batch_size > 2 * 10
 
 
 def test_two_runs_in_one_folder_exclude_each_other(tmp_path, processes):
@@ -821,7 +646,7 @@ def test_ranks_that_know_nothing_of_each_other_are_refused_before_any_work(tmp_p
 def test_one_process_of_a_launcher_trains(monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    trainer.check_launch(1)
+    check_launch(1)
 
 
 @pytest.mark.parametrize(
@@ -982,7 +807,7 @@ def test_a_bug_is_not_dressed_as_a_bad_sample(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise bug
 
-    monkeypatch.setattr(trainer, "residual_alignment", broken)
+    monkeypatch.setattr(objective, "residual_alignment", broken)
     with pytest.raises(ValueError) as raised:
         run(tmp_path)
     assert raised.value is bug and str(bug) == "not enough values to unpack"
@@ -999,7 +824,7 @@ def test_skipped_samples_are_counted_and_the_same_after_a_resume_and_with_worker
     )
     with pytest.raises(ValueError, match="^KeyError: 'image', in sample "):
         distil(tmp_path / "resumed", data, replace(settings, skip_bad=0.0))
-    with pytest.raises(trainer.OutOfTime):
+    with pytest.raises(OutOfTime):
         distil(tmp_path / "resumed", data, settings, deadline=0)
     assert distil(tmp_path / "resumed", data, replace(settings, workers=1))["skipped"] == numbers["skipped"]
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
