@@ -140,11 +140,11 @@ def check_data(
 # %% ../nbs/38_posttrain.ipynb #q031
 def sft_batch(
     samples: list,
-    collate: Callable,  # samples -> `Batch`, or a mapping of its tensors with labels and keys
+    collate: Callable,  # samples -> `Batch`, or a mapping of the model's inputs and labels
     max_length: int,  # tokens of a sample; a longer one has no label
 ) -> dict:  # inputs of the model, and labels [B, T], -100 except on answers
     "A batch as `SFTTrainer` takes it."
-    batch = Batch.of(collate(samples))
+    batch = Batch.of(collate(samples), keys=[])
     batch.labels[batch["attention_mask"].sum(1) > max_length] = -100
     return batch.model_inputs | {"labels": batch.labels}
 
@@ -156,7 +156,7 @@ def preference_batch(
 ) -> dict:  # inputs of the model, and completion_mask [2B, T], 1 on answers
     "A batch as `DPOTrainer` takes it: the chosen conversations, then the rejected ones."
     chosen, rejected = zip(*(as_pair(row, i) for i, row in enumerate(rows)))
-    batch = Batch.of(collate([*chosen, *rejected]))
+    batch = Batch.of(collate([*chosen, *rejected]), keys=[])
     lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0)
     answers = (batch.labels != -100) & (lengths <= max_length).repeat(2)[:, None]
     return batch.model_inputs | {"completion_mask": answers.long()}
@@ -403,7 +403,7 @@ def _holding(out: Path, wait: bool) -> Iterator[bool]:
 def sft(
     model: nn.Module,  # a student or a teacher; trained in place
     dataset,  # of `Sample`s or rows with messages, as for `distill`
-    collate: Callable,  # samples -> `Batch`, or a mapping of its tensors with labels and keys
+    collate: Callable,  # samples -> `Batch`, or a mapping of the model's inputs and labels
     settings: SFTSettings,
     out: str | Path,  # the run's folder; a run that was stopped goes on from its last checkpoint
     *,

@@ -374,11 +374,12 @@ class Batch:
     def of(
         cls,
         made,  # a `Batch`, or a mapping of tensors with `labels` and `keys`
+        keys: list[str] | None = None,  # of a mapping without keys
     ) -> "Batch":
         "What a collate function returned, as a `Batch`. Raises KeyError on a mapping without labels or keys."
         if isinstance(made, cls):
             return made
-        inputs = dict(made)
+        inputs = dict(made) if keys is None else {"keys": keys, **made}
         return cls(labels=inputs.pop("labels"), keys=inputs.pop("keys"), model_inputs=inputs)
 
     def __getitem__(self, name: str) -> Tensor:
