@@ -1,9 +1,9 @@
-"""What four bits cost: whole runs of C4, or of C5, with weights from a cache beside the runs that compute them at each step.
+"""The cost of four bits: runs of C4 or C5 with weights from a cache beside runs that compute them at each step.
 
     python benchmarks/four_bits.py [--scale toy] [--condition C4] [--seeds 0 1 2]
 
-For each seed it builds the cache that the run reads, distils and evaluates with it, and prints a Markdown table. The runs that
-compute their weights are those of `make all`, and must be there.
+For each seed it builds the cache that the run reads, distils and evaluates with it, and prints a Markdown table. The
+runs that compute their weights are those of `make all`, and must be there.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from pathlib import Path
 from heed_nb.batch import run_notebook
 from heed_nb.cached_weights import build_density_cache, build_gradient_cache
 from heed_nb.conditions import get_condition
-from heed_nb.scales import load_scale
 from heed_nb.data import collate
-from heed_nb.hybrid import to_hybrid
 from heed_nb.files import root
+from heed_nb.hybrid import to_hybrid
 from heed_nb.runs import read_run, run_name
-from heed_nb.statistics import AVERAGES, TITLES
-from heed_nb.tables import markdown_table
+from heed_nb.scales import load_scale
 from heed_nb.schedule import batch_indices
+from heed_nb.statistics import AVERAGES, TITLES
 from heed_nb.streams import replaced_indices
+from heed_nb.tables import markdown_table
 from heed_nb.teachers import load_teacher
 from heed_nb.toyworld import Documents
 

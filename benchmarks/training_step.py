@@ -2,9 +2,10 @@
 
     python benchmarks/training_step.py [--teacher outputs/teachers/toy-qwen3vl] [--documents 4] [--steps 40]
 
-Prints a Markdown table. A step is what Stage 2 does with a batch of toy documents: tower, teacher, weights, student, loss and
-backward; the optimiser, the same for all, is left out. Every batch goes through all rows, in turns; a time is the median over the batches
-(CPU time with one thread, which other processes disturb less, else wall time), a ratio the median of the batches' ratios.
+Prints a Markdown table. A step is what Stage 2 does with a batch of toy documents: tower, teacher, weights, student,
+loss and backward; the optimiser, the same for all, is left out. Every batch goes through all rows, in turns. A time is
+the median over the batches (CPU time with one thread, which other processes disturb less, else wall time), a ratio the
+median of the batches' ratios.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import torch
 from heed_nb.cached_weights import build_density_cache, build_gradient_cache, cached_values, with_cache_keys
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
-from heed_nb.hybrid import mixer_parameters, to_hybrid
 from heed_nb.files import root
+from heed_nb.hybrid import mixer_parameters, to_hybrid
 from heed_nb.streams import pair_with_teacher, replaced_indices
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents
@@ -75,14 +76,16 @@ def main(teacher, documents, steps):
             for name in list(rows)[:: 1 if step % 2 else -1]:
                 times[name].append(seconds(CONDITIONS[rows[name][0]], rows[name][1], samples))
     print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {steps} batches of {documents} documents; "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{steps} batches of {documents} documents; "
         f"a cached document takes {sizes[0]:.0f} bytes of densities, {sizes[1]:.0f} of sensitivities\n"
     )
     print("| weights | a step | over C3 |\n|---|---|---|")
     for name in rows:
         ratios = [own / base for own, base in zip(times[name][WARM_UP:], times["C3"][WARM_UP:])]
         print(
-            f"| {name} | {1000 * statistics.median(times[name][WARM_UP:]):.0f} ms | {statistics.median(ratios) - 1:+.1%} |"
+            f"| {name} | {1000 * statistics.median(times[name][WARM_UP:]):.0f} ms "
+            f"| {statistics.median(ratios) - 1:+.1%} |"
         )
 
 

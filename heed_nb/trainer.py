@@ -43,7 +43,6 @@ from heed_nb.checkpoints import (
     training_tensors,
 )
 from .conditions import CONDITIONS, Condition, TrainSettings, weight_parameters
-from .weight_cache import WeightCache
 from .files import locked, sync
 from .hybrid import mixer_parameters, transferred_parameters
 from .losses import answer_risk, kd_terms, next_is_text, record_inputs, residual_alignment
@@ -62,6 +61,7 @@ from heed_nb.streams import (
     unpair,
 )
 from .teachers import Family, LanguageInputs, family_of
+from .weight_cache import WeightCache
 from .weights import GRADIENTS, WEIGHTS, WeightContext
 
 # %% ../nbs/36_trainer.ipynb #c031

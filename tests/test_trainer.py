@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from heed_nb import files, losses, schedule, streams, trainer
 from heed_nb import checkpoints as checkpointing
+from heed_nb import files, losses, schedule, streams, trainer
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import BadSample, Batch
 from heed_nb.density import position_weights
