@@ -45,7 +45,8 @@ check: format ## what a contributor runs before a commit: format, export, and th
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 format: .venv/ok ## format notebooks and tests, and export the library
-	$(BIN)/python -m ruff format nbs tests docs benchmarks setup.py
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
 	$(BIN)/nbdev-export
 
 docs: .venv/ok ## build the documentation site in site/

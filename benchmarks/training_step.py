@@ -17,12 +17,12 @@ import torch
 from heed_nb.cached_weights import record_values, with_cache_keys
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import collate
-from heed_nb.hybrid import mixer_parameters, to_hybrid
 from heed_nb.files import root
+from heed_nb.hybrid import mixer_parameters, to_hybrid
+from heed_nb.objective import step_loss
 from heed_nb.streams import pair_with_teacher
 from heed_nb.teachers import family_of, load_teacher
 from heed_nb.toyworld import Documents
-from heed_nb.objective import step_loss
 from heed_nb.weight_cache import quantize
 
 WARM_UP = 3  # batches that are not counted

@@ -7,7 +7,13 @@ __all__ = ['check_can_train', 'ordered', 'run_scale', 'run_parameters', 'is_stor
            'remove_runs', 'words', 'whole_numbers', 'many_parameters', 'run_notebook']
 
 # %% ../nbs/68_batch.ipynb #c002
-import ast, io, json, re, shutil, sys, traceback
+import ast
+import io
+import json
+import re
+import shutil
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict

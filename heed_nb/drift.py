@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .losses import answer_risk, predicts_answer, record_outputs
 from .parameters import TEXT_BOOST
 from .samples import Batch
-from .teachers import LanguageInputs, family_of
 from .streams import attention_inputs, attention_matrix, replaced_indices, teacher_sensitivity
+from .teachers import LanguageInputs, family_of
 
 # %% ../nbs/52_drift.ipynb #c007
 def attention_concentration(
@@ -269,7 +269,7 @@ def answer_importance(
 def decile_groups(
     samples: Sequence[Tokens],  # the batch's, in order
 ) -> Callable[[Tensor], Iterable[Tensor]]:
-    "Ten groups: the k-th tenth of each sample's visual positions by density. Raises ValueError as `density_deciles` does."
+    "Ten groups: the k-th tenth of each sample's visual positions by density. Raises ValueError as `density_deciles`."
     deciles = [density_deciles(tokens.density[tokens.visual], tokens.visual[tokens.visual]) for tokens in samples]
 
     def groups(visual_mask):

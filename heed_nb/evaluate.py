@@ -28,7 +28,6 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-import heed_nb.hybrid  # makes students known
 from .conditions import BENCHMARKS, TASKS
 from .files import write_file
 from .parameters import DTYPES
@@ -280,9 +279,10 @@ def run_tasks(
     "Asks the model the benchmarks' questions and scores the answers. Arguments as for `evaluate`, then HeedVLM's."
     stderr = sys.stderr
     with _quiet():
-        from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.api.task import ConfigurableMessagesTask
+        from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
+
         from heed_nb.lmms_model import HeedVLM
 
         paths = task_files(suite, list(dict.fromkeys(keys)))

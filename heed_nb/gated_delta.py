@@ -8,9 +8,11 @@ __all__ = ['gated_delta_step', 'gated_delta_reference', 'gated_delta_minimal', '
 # %% ../nbs/22_gated_delta.ipynb #c002
 from functools import partial
 from importlib import import_module
+
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
+
 from heed_nb.recurrence import (
     backend_for,
     check_shapes,

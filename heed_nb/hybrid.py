@@ -16,25 +16,55 @@ __all__ = ['LAYER_TYPES', 'HYBRIDS', 'HybridTextConfig', 'padding_mask', 'packed
 import copy
 from dataclasses import asdict, dataclass
 from typing import ClassVar
+
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, GenerationMixin, PreTrainedConfig
-from transformers import Glm4vConfig, Glm4vForConditionalGeneration, Glm4vModel, Glm4vTextConfig, Glm4vTextModel
-from transformers import Glm4vImageProcessorPil, GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLModel
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
-from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationMixin,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vImageProcessorPil,
+    Glm4vModel,
+    Glm4vTextConfig,
+    Glm4vTextModel,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+    PreTrainedConfig,
+    Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
+)
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.import_utils import is_tracing
-from .minicpm import MiniCPMV45Config, MiniCPMV45ForConditionalGeneration, MiniCPMV45Model
-from .minicpm import MiniCPMVImageProcessor, register_public_names
+
+from heed_nb.minicpm import (
+    MiniCPMV45Config,
+    MiniCPMV45ForConditionalGeneration,
+    MiniCPMV45Model,
+    MiniCPMVImageProcessor,
+    register_public_names,
+)
 from .mixers import MIXERS, has_holes, init_transferred
 from .teachers import check_tensors, family_class, family_of
 

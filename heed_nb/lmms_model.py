@@ -17,7 +17,6 @@ from lmms_eval.protocol import ChatMessages
 from PIL import ImageFile
 from tqdm.auto import tqdm
 
-import heed_nb.hybrid
 from . import toyworld
 from .conditions import TASKS
 from .teachers import greedy_answers, load_teacher

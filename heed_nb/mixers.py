@@ -10,10 +10,12 @@ __all__ = ['MIXERS', 'MixerConfig', 'GatedDeltaConfig', 'Mamba2Config', 'repeat_
 import math
 from dataclasses import dataclass
 from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_tracing
+
 from .gated_delta import gated_delta, gated_delta_step
 from .parameters import INITS, Count, Parameters, check_keys
 from .ssd import ssd, ssd_step

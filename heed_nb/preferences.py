@@ -8,7 +8,8 @@ __all__ = ['wrong_answer', 'Preferences']
 # %% ../nbs/47_preferences.ipynb #r002
 import random
 
-from .toyworld import GLYPHS, Documents, Page, Question, render
+from .toy_pages import GLYPHS, Page, render
+from .toyworld import Documents, Question
 
 # %% ../nbs/47_preferences.ipynb #r005
 def wrong_answer(page: Page, question: Question, r: random.Random) -> str:

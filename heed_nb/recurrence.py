@@ -13,6 +13,7 @@ import math
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -183,7 +183,9 @@ def decile_curve(
     images: np.ndarray,  # [images, 10]
     counts: np.ndarray,  # [draws, images], of `bootstrap_counts`
 ) -> dict:  # mean, low, high: ten each; difference and ratio of the last decile and the first: value, low, high
-    """The mean over images with its 95 % interval. The ratio is None unless the first decile is above 0 in every resample.
+    """The mean over images with its 95 % interval.
+
+    The ratio is None unless the first decile is above 0 in every resample.
 
     Raises ValueError on NaN."""
     images = np.asarray(images, dtype=np.float64)
@@ -382,7 +384,7 @@ def diagnose(
     """Sect. 3 for a teacher and a student: decile curves, regressions, attention, and App. B.3's rank correlations.
 
     An image with fewer than ten visual tokens or constant density is left out and counted. Raises ValueError on models
-    that cannot be compared, an unknown layer, too few images for the bootstrap, and columns that are constant or collinear."""
+    that cannot be compared, an unknown layer, too few images for the bootstrap, constant or collinear columns."""
     check_pair(teacher, student)
     layers = diagnosed_layers(teacher, student, layers)
     pictured = [sample for sample in samples if sample.images]

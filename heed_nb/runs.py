@@ -8,7 +8,14 @@ __all__ = ['PUBLISHED', 'PUBLISHED_OF_RUNS', 'code_version', 'provenance', 'writ
            'joint_failures', 'publish', 'notebook_parameters']
 
 # %% ../nbs/60_runs.ipynb #c003
-import ast, json, platform, re, shutil, subprocess, sys, time
+import ast
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256

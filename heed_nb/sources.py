@@ -47,7 +47,7 @@ def conversation(
     turns: list[tuple[str, str]],  # (role, text), in any source's words for the roles
     images: list[dict] = (),
 ) -> dict:  # images, messages
-    "A conversation as a training row. Raises ValueError on an empty one, unknown roles, and roles that do not alternate."
+    "A conversation as a training row. Raises ValueError on an empty one, unknown roles, roles that do not alternate."
     turns = [(ROLES[role], text) for role, text in turns]
     while turns and turns[-1][0] == "user":
         turns = turns[:-1]
@@ -97,7 +97,7 @@ def _short_answers(row):
 
 
 def _interleaved(row):
-    "A web page: the text after its last image answers what stands before, since a user's message alone may hold images."
+    "A web page: the text after its last image answers the part before, since only a user's message may hold images."
     parts = [(url, text) for url, text in zip(row["images"], row["texts"], strict=True) if url or text]
     last = max((i for i, (url, _) in enumerate(parts) if url), default=-1)
     before, after = parts[: last + 1], "\n".join(text for _, text in parts[last + 1 :])

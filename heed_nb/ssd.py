@@ -8,10 +8,12 @@ __all__ = ['KERNELS', 'ssd_step', 'ssd_reference', 'ssd_minimal', 'ssd']
 # %% ../nbs/21_ssd.ipynb #c002
 from functools import partial
 from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import vecdot
+
 from heed_nb.recurrence import (
     backend_for,
     check_shapes,

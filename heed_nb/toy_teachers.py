@@ -18,8 +18,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedTokenizerFast
-from transformers import Glm4vImageProcessorPil, GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Glm4vImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
+)
 from transformers.processing_utils import ProcessorMixin
 
 from .checkpoints import drop_newer, load_checkpoint, save_checkpoint

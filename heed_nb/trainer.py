@@ -26,8 +26,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .cached_weights import cache_identity, caches_of, complete_cache, record_values, with_cache_keys
-from .checkpoints import check_same_run, checkpoints, drop_newer, fingerprint, last_good, load_checkpoint
-from .checkpoints import restore, rewind_log, save_checkpoint, save_student, training_tensors
+from heed_nb.checkpoints import (
+    check_same_run,
+    checkpoints,
+    drop_newer,
+    fingerprint,
+    last_good,
+    load_checkpoint,
+    restore,
+    rewind_log,
+    save_checkpoint,
+    save_student,
+    training_tensors,
+)
 from .conditions import CONDITIONS, Condition, TrainSettings
 from .files import locked, sync
 from .hybrid import mixer_parameters, transferred_parameters

@@ -7,9 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pyarrow as pa
-import tiny
 from datasets import Dataset
 
+import tiny
 from heed_nb.sources import BENCHMARKS, SOURCES
 
 SITE = "http://images.test"  # stands for the open web; a test adds the port
@@ -143,7 +143,7 @@ ROWS = {  # source -> the path of its file, a row of it
 
 
 def write_rows(path, rows):
-    "Rows, or a file's bytes, as Parquet, a JSON list or JSON lines by the end of the name; a row may be a line's bytes."
+    "Rows, or a file's bytes, as Parquet, a JSON list or JSON lines by the name's end; a row may be a line's bytes."
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(rows, bytes):
         return path.write_bytes(rows)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
-from test_results import ROOT, cell, notebook, page
 
 from heed_nb import conditions as registry
 from heed_nb import pages
@@ -15,7 +14,7 @@ from heed_nb.conditions import CONDITIONS, RECIPES, Condition
 from heed_nb.pages import PAGES, Batch
 from heed_nb.paper_numbers import ABLATIONS, SWEEP, paper_table
 from heed_nb.scales import load_scale
-
+from test_results import ROOT, cell, notebook, page
 
 # Table 8
 

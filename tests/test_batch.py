@@ -130,7 +130,7 @@ def test_tables_needs_the_first_teacher_alone_and_all_needs_every(four_teachers,
     others = {re.sub(" C", f" {of}/C", job) for of in ("toy-internvl", "toy-glm4v", "toy-minicpmv") for job in ladder}
     beside = "C5 C6 -Residual -Density +LD +SL tau-0.25 tau-1 beta-1 beta-4 LoLCATs MOHAWK MaTVLM mmMamba"
     beside += " mask-10 mask-25 mask-50 random-10 random-25 random-50"
-    tried = "C4-init=mamba C4-normalize_over=visual C4-reduce=mean C4-reduce=max C5-temper=0.5 C3-forced"  # of the open points
+    tried = "C4-init=mamba C4-normalize_over=visual C4-reduce=mean C4-reduce=max C5-temper=0.5 C3-forced"
     at_budget = {job for job in everything if budget in job or "C0" in job}
     assert at_budget == ladder | others | runs(beside) | runs(tried)
     assert not_of_tables <= set(everything) and len(everything) == len(set(everything))

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from test_results import ROOT, notebook
 
 from heed_nb.claims import (
     MEASURES,
@@ -23,11 +22,12 @@ from heed_nb.claims import (
 )
 from heed_nb.conditions import BENCHMARKS, CONDITIONS
 from heed_nb.files import write_file
-from heed_nb.scales import Scale, load_scale
-from heed_nb.regression import CORRELATIONS
 from heed_nb.paper_numbers import paper_score
+from heed_nb.regression import CORRELATIONS
 from heed_nb.runs import publish, run_name
+from heed_nb.scales import Scale, load_scale
 from heed_nb.statistics import AVERAGES
+from test_results import ROOT, notebook
 
 REPRODUCED, NOT, UNDECIDED, CEILING, UNTESTED = VERDICTS
 SCALE = Scale("made", teacher="t", token_budget=4000, budgets=(1000, 4000), teachers={"t": {}, "other": {}})

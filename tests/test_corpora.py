@@ -6,15 +6,15 @@ from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import copies
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
-from copies import picture
 from PIL import Image
 
+import copies
+import tiny
+from copies import picture
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.corpora import Caps, benchmark_rows, load_corpus, prepare
 from heed_nb.data import collate

@@ -19,11 +19,11 @@ from PIL import Image, ImageFile
 import tiny
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import BadSample, Sample, collate
-from heed_nb.weight_cache import sample_key
 from heed_nb.hybrid import to_hybrid
 from heed_nb.samples import as_sample, samples_of, viewed, viewed_images
 from heed_nb.teachers import family_of
 from heed_nb.trainer import distill
+from heed_nb.weight_cache import sample_key
 
 FAMILIES = list(tiny.TINY)
 RGB = np.array(tiny.page(48, 64, 5))

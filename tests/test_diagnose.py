@@ -7,11 +7,11 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
 from scipy.stats import spearmanr
 from torch.testing import assert_close
 
+import tiny
 from heed_nb.batch import run_notebook
 from heed_nb.data import Sample, collate
 from heed_nb.drift import (

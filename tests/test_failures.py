@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_results import notebook
 
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, REASONING, REGIMES, TASKS
 from heed_nb.evaluate import evaluate, task_files
@@ -16,6 +15,7 @@ from heed_nb.statistics import AVERAGES, ROWS, scores
 from heed_nb.tables import score_table
 from heed_nb.toy_pages import BAND, COLOURS, PATCH, SIDE, glyph, render
 from heed_nb.toyworld import FAILURES, Documents, asked_text, benchmark, failure, failure_kinds
+from test_results import notebook
 
 # The two tasks
 

@@ -2,10 +2,10 @@
 
 import copy
 import inspect
-from functools import cache
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -19,15 +19,15 @@ from transformers.utils.generic import find_labels
 
 import heed_nb
 import tiny
-from tiny import fails
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import Sample, collate
 from heed_nb.hybrid import HYBRIDS, hybrid_config, mixer_parameters, to_hybrid, transferred_parameters
 from heed_nb.losses import record_outputs
 from heed_nb.mixers import MIXERS
-from heed_nb.teachers import family_class, family_of, load_teacher, paper_config
-from heed_nb.streams import aligned_outputs, pair_with_teacher, replaced_layers, teacher_path
 from heed_nb.objective import step_loss
+from heed_nb.streams import aligned_outputs, pair_with_teacher, replaced_layers, teacher_path
+from heed_nb.teachers import family_class, family_of, load_teacher, paper_config
+from tiny import fails
 
 FAMILIES = list(tiny.TINY)
 CASES = [(family, "mamba2", "paper") for family in FAMILIES] + [

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForImageTextToText
 
 import tiny
 
@@ -62,7 +63,6 @@ def test_ten_lines_convert_distil_and_evaluate(tmp_path, monkeypatch, capsys):
     scores = eval(capsys.readouterr().out.strip().splitlines()[-1])
     assert scores and all(0 <= score <= 100 for score in scores.values())
 
-    from transformers import AutoModelForImageTextToText  # the student is found once heed_nb is imported
-
     (loading,) = re.findall(r"`(AutoModelForImageTextToText[^`]+)`", README)
-    assert eval(loading).config.text_config.layer_types.count("linear_attention") == 3
+    student = eval(loading, {"AutoModelForImageTextToText": AutoModelForImageTextToText})
+    assert student.config.text_config.layer_types.count("linear_attention") == 3

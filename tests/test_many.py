@@ -12,10 +12,10 @@ from huggingface_hub import try_to_load_from_cache
 
 from heed_nb import checkpoints, trainer
 from heed_nb.batch import alone, remove_runs, run_notebook
-from heed_nb.scales import load_scale
 from heed_nb.files import write_file
 from heed_nb.pages import teacher_lacks
 from heed_nb.runs import write_run
+from heed_nb.scales import load_scale
 
 C4 = "outputs/smoke/runs/C4-seed0-budget3000"
 
@@ -172,7 +172,9 @@ def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
 
 
 def test_beside_another_batch_it_is_refused(copy):
-    import heed_nb.lmms_model  # noqa: F401: before lmms-eval, which else lets PIL read truncated images from then on
+    import heed_nb.lmms_model  # noqa: F401  before lmms-eval, which else lets PIL read truncated images from then on
+
+    # isort: split
     from lmms_eval import evaluator
 
     evaluator._enable_reentrant_filelocks()  # as an evaluation does: filelock's locks then let their own process in

@@ -13,7 +13,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import Markdown
 from traitlets.config import Config
 
-import heed_nb.evaluate, heed_nb.trainer  # noqa: F401, E401: brought here once, every notebook begins with them loaded
+import heed_nb.evaluate  # noqa: F401  loaded once, so that every notebook begins with it
+import heed_nb.trainer  # noqa: F401
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 NAMES = sorted(p.name for p in NOTEBOOKS.glob("*.ipynb"))

@@ -2,13 +2,13 @@
 
 import pandas as pd
 import pytest
-from test_results import ROOT, evaluated, notebook
 
 from heed_nb.batch import ordered, run_parameters, run_scale
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, differing
 from heed_nb.pages import PAGES, Batch, Run, choices, open_points
 from heed_nb.runs import read_runs
 from heed_nb.scales import load_scale
+from test_results import ROOT, evaluated, notebook
 
 BUDGET = 3000
 

@@ -522,6 +522,6 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
-        done.stdout
-        == "SFT and DPO need trl and peft (import of peft halted; None in sys.modules): pip install 'heed_nb[posttrain]'\n"
+        done.stdout == "SFT and DPO need trl and peft (import of peft halted; None in sys.modules): "
+        "pip install 'heed_nb[posttrain]'\n"
     )

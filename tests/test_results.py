@@ -21,12 +21,12 @@ import pytest
 
 import heed_nb
 from heed_nb.conditions import BENCHMARKS
-from heed_nb.scales import Scale
 from heed_nb.figures import budget_figure, ladder_figure
 from heed_nb.files import locked, write_file
-from heed_nb.paper_numbers import LADDER, made_up_runs, paper_checks, paper_table
 from heed_nb.pages import PAGES, Batch, OpenPage
+from heed_nb.paper_numbers import LADDER, made_up_runs, paper_checks, paper_table
 from heed_nb.runs import code_version, publish, read_run, read_runs, run_name, write_run
+from heed_nb.scales import Scale
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,9 +5,8 @@ import torch
 from torch.testing import assert_close
 
 import tiny
-from heed_nb.losses import answer_risk
+from heed_nb.losses import answer_risk, record_outputs
 from heed_nb.sensitivity import gradient_weights, residual_sensitivity
-from heed_nb.losses import record_outputs
 from heed_nb.teachers import family_of
 
 

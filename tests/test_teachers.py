@@ -2,9 +2,9 @@
 
 import copy
 import json
-from functools import cache
 import shutil
 import subprocess
+from functools import cache
 
 import numpy as np
 import pytest

@@ -25,14 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
 import tiny
-from heed_nb import files, objective, schedule, trainer
 from heed_nb import checkpoints as checkpointing
+from heed_nb import files, objective, schedule, trainer
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.data import BadSample
 from heed_nb.hybrid import mixer_parameters, to_hybrid, transferred_parameters
 from heed_nb.schedule import OutOfTime
-from heed_nb.toy_teachers import train_teacher
 from heed_nb.timing import Phases
+from heed_nb.toy_teachers import train_teacher
 from heed_nb.trainer import check_launch, checkpoints, distill
 
 IMAGE = tiny.config("qwen3_vl").image_token_id

@@ -6,8 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
-from transformers import Glm4vImageProcessorPil, GotOcr2ImageProcessorPil, Qwen2VLImageProcessorPil
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Glm4vImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
+)
 
 from heed_nb.minicpm import MiniCPMVImageProcessor
 from heed_nb.teachers import family_class
