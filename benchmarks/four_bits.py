@@ -1,4 +1,4 @@
-"""What four bits cost: whole runs of C4, or of C5, with weights from a cache beside the runs that compute them at each step.
+"""What four bits cost: whole runs of C4 or C5 with cached weights, beside runs that compute them at each step.
 
     python benchmarks/four_bits.py [--scale toy] [--condition C4] [--seeds 0 1 2]
 

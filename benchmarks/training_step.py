@@ -2,9 +2,10 @@
 
     python benchmarks/training_step.py [--teacher outputs/teachers/toy-qwen3vl] [--documents 4] [--steps 40]
 
-Prints a Markdown table. A step is what Stage 2 does with a batch of toy documents: tower, teacher, weights, student, loss and
-backward; the optimiser, the same for all, is left out. Every batch goes through all rows, in turns; a time is the median over the batches
-(CPU time with one thread, which other processes disturb less, else wall time), a ratio the median of the batches' ratios.
+Prints a Markdown table. A step is what Stage 2 does with a batch of toy documents: tower, teacher, weights, student,
+loss and backward. The optimiser, the same for all, is left out. Every batch goes through all rows in turn. A time is
+the median over the batches: CPU time with one thread, which other processes disturb less, else wall time. A ratio is
+the median of the batches' ratios.
 """
 
 import argparse
@@ -67,15 +68,13 @@ def main(teacher, documents, steps):
         samples = [dataset[i] for i in range(step * documents, (step + 1) * documents)]
         for name in list(rows)[:: 1 if step % 2 else -1]:
             times[name].append(seconds(CONDITIONS[rows[name][0]], rows[name][1], samples))
-    print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {steps} batches of {documents} documents\n"
-    )
+    where = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{where}; {steps} batches of {documents} documents\n")
     print("| weights | a step | over C3 |\n|---|---|---|")
     for name in rows:
         ratios = [own / base for own, base in zip(times[name][WARM_UP:], times["C3"][WARM_UP:])]
-        print(
-            f"| {name} | {1000 * statistics.median(times[name][WARM_UP:]):.0f} ms | {statistics.median(ratios) - 1:+.1%} |"
-        )
+        step = statistics.median(times[name][WARM_UP:])
+        print(f"| {name} | {1000 * step:.0f} ms | {statistics.median(ratios) - 1:+.1%} |")
 
 
 if __name__ == "__main__":
