@@ -733,6 +733,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'heed_nb.scales.Scale.get_teacher': ('scales.html#scale.get_teacher', 'heed_nb/scales.py'),
                                 'heed_nb.scales.Scale.settings': ('scales.html#scale.settings', 'heed_nb/scales.py'),
                                 'heed_nb.scales.Scale.takes': ('scales.html#scale.takes', 'heed_nb/scales.py'),
+                                'heed_nb.scales._Fields': ('scales.html#_fields', 'heed_nb/scales.py'),
                                 'heed_nb.scales._Loader': ('scales.html#_loader', 'heed_nb/scales.py'),
                                 'heed_nb.scales._all_teachers': ('scales.html#_all_teachers', 'heed_nb/scales.py'),
                                 'heed_nb.scales._check': ('scales.html#_check', 'heed_nb/scales.py'),

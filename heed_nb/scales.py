@@ -68,8 +68,8 @@ class Diagnosis(TypedDict, total=False):
 
 # %% ../nbs/61_scales.ipynb #s006
 @dataclass(frozen=True)
-class Scale(Parameters):
-    "The parameters of a scale. Raises ValueError on a wrong value."
+class _Fields(Parameters):
+    "What a scale's file holds, with its name."
 
     name: Text
     teacher: Text  # of Table 1: its folder, or a hub id
@@ -94,15 +94,23 @@ class Scale(Parameters):
     evaluate: Evaluation = field(default_factory=dict)
     diagnose: Diagnosis = field(default_factory=dict)
 
+# %% ../nbs/61_scales.ipynb #s006b
+class Scale(_Fields):
+    "The parameters of a scale. Raises ValueError on a wrong value."
+
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "teachers", _all_teachers(self.teacher, self.teachers))
         _check(self)
 
     def settings(
-        self, condition: str | None = None, *, token_budget: int | None = None, seed: int = 0
+        self,
+        condition: str | None = None,  # None: of no cache
+        *,
+        token_budget: int | None = None,  # None: the scale's
+        seed: int = 0,
     ) -> TrainSettings:
-        "The settings of a training run: the scale's token budget by default, and the cache that the condition reads."
+        "The settings of a training run, with the cache that its condition reads if the scale asks for one."
         settings = TrainSettings(self.token_budget if token_budget is None else token_budget, seed, **self.train)
         cache = CACHED.get(get_condition(condition).weights, "") if condition else ""
         return replace(settings, **{cache: f"outputs/{self.name}/caches"}) if getattr(self, cache, False) else settings
