@@ -232,7 +232,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'heed_nb.evaluate._task_scores': ('evaluate.html#_task_scores', 'heed_nb/evaluate.py'),
                                   'heed_nb.evaluate._toy_task': ('evaluate.html#_toy_task', 'heed_nb/evaluate.py'),
                                   'heed_nb.evaluate.anls': ('evaluate.html#anls', 'heed_nb/evaluate.py'),
-                                  'heed_nb.evaluate.edit_distance': ('evaluate.html#edit_distance', 'heed_nb/evaluate.py'),
                                   'heed_nb.evaluate.evaluate': ('evaluate.html#evaluate', 'heed_nb/evaluate.py'),
                                   'heed_nb.evaluate.exact_match': ('evaluate.html#exact_match', 'heed_nb/evaluate.py'),
                                   'heed_nb.evaluate.lmms_eval_models': ('evaluate.html#lmms_eval_models', 'heed_nb/evaluate.py'),

@@ -5,19 +5,19 @@ import os
 import random
 import shutil
 import sys
-import types
 from functools import cache, partial
 
 import pytest
 import torch
 from PIL import Image
+from rapidfuzz.distance import Levenshtein
 from transformers import GenerationConfig
 
 import tiny
 from heed_nb import evaluate as module
 from heed_nb import lmms_model, toyworld
 from heed_nb.conditions import BENCHMARKS
-from heed_nb.evaluate import METRICS, anls, edit_distance, evaluate, relaxed_accuracy, task_files
+from heed_nb.evaluate import METRICS, anls, evaluate, relaxed_accuracy, task_files
 from heed_nb.hybrid import to_hybrid
 from heed_nb.teachers import load_teacher
 
@@ -326,7 +326,7 @@ def test_scores_are_a_function_of_the_answers(models, oracle, copies, answers):
 )
 def test_an_option_that_mathvistas_judge_does_not_name_is_wrong(monkeypatch, read, right):
     monkeypatch.setenv("API_TYPE", "dummy")
-    monkeypatch.setitem(sys.modules, "Levenshtein", types.SimpleNamespace(distance=edit_distance))
+    monkeypatch.setitem(sys.modules, "Levenshtein", Levenshtein)
     from lmms_eval.tasks.mathvista import utils
 
     monkeypatch.setattr(utils.mathvista_evaluator, "get_chat_response", lambda *args, **kwargs: read)
