@@ -27,13 +27,12 @@ from huggingface_hub import constants
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from .checkpoints import check_same_run, fingerprint, rewind_log, save_student
 from .conditions import Condition, DPOSettings, SFTSettings
 from .files import SUMS, check_sums, locked, save_parts, settle, sync, write_file, write_sums
-from .hybrid import mixers_of
 from .samples import BadSample, Batch, Sample, as_sample, samples_of, viewed
 from .trainer import OutOfTime, adamw, check_launch
 
@@ -79,11 +78,9 @@ def lora_targets(
     return [name for name in linear if not names or last[name] in names]
 
 # %% ../nbs/38_posttrain.ipynb #q017
-def check_start(model: nn.Module, condition: Condition) -> None:
-    "Raises ValueError if the model is not what the condition post-trains, or the condition post-trains nothing."
-    if not condition.posttrained:
-        raise ValueError(f"condition {condition.name!r} has no SFT and DPO; {condition.name}+ has, if the paper has it")
-    mixer = model.config.get_text_config().mixer if mixers_of(model) else None
+def check_start(config: PreTrainedConfig, condition: Condition) -> None:
+    "Raises ValueError if a model of this config is not what the condition post-trains."
+    mixer = getattr(config.get_text_config(), "mixer", None)
     if mixer != condition.mixer:
         found, wanted = (f"a hybrid with {name}" if name else "no hybrid" for name in (mixer, condition.mixer))
         raise ValueError(f"condition {condition.name!r} starts from {wanted}; the checkpoint is {found}")
