@@ -593,6 +593,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'heed_nb.posttrain._newest': ('posttrain.html#_newest', 'heed_nb/posttrain.py'),
                                    'heed_nb.posttrain._read': ('posttrain.html#_read', 'heed_nb/posttrain.py'),
                                    'heed_nb.posttrain._run': ('posttrain.html#_run', 'heed_nb/posttrain.py'),
+                                   'heed_nb.posttrain._state': ('posttrain.html#_state', 'heed_nb/posttrain.py'),
                                    'heed_nb.posttrain._step': ('posttrain.html#_step', 'heed_nb/posttrain.py'),
                                    'heed_nb.posttrain._trl_trainer': ('posttrain.html#_trl_trainer', 'heed_nb/posttrain.py'),
                                    'heed_nb.posttrain.as_pair': ('posttrain.html#as_pair', 'heed_nb/posttrain.py'),

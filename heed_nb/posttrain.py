@@ -137,13 +137,13 @@ def check_data(
 # %% ../nbs/38_posttrain.ipynb #q031
 def sft_batch(
     samples: list,
-    collate: Callable,  # samples -> `Batch`, or a mapping of the model's inputs and labels
+    collate: Callable,  # samples -> `Batch`, as for `distill`
     max_length: int,  # tokens of a sample; a longer one has no label
 ) -> dict:  # inputs of the model, and labels [B, T], -100 except on answers
     "A batch as `SFTTrainer` takes it."
-    batch = Batch.of(collate(samples), keys=[])
-    batch.labels[batch["attention_mask"].sum(1) > max_length] = -100
-    return batch.model_inputs | {"labels": batch.labels}
+    batch = Batch.of(collate(samples))
+    too_long = batch["attention_mask"].sum(1) > max_length
+    return batch.model_inputs | {"labels": batch.labels.masked_fill(too_long[:, None], -100)}
 
 
 def preference_batch(
@@ -153,7 +153,7 @@ def preference_batch(
 ) -> dict:  # inputs of the model, and completion_mask [2B, T], 1 on answers
     "A batch as `DPOTrainer` takes it: the chosen conversations, then the rejected ones."
     chosen, rejected = zip(*(as_pair(row, i) for i, row in enumerate(rows)))
-    batch = Batch.of(collate([*chosen, *rejected]), keys=[])
+    batch = Batch.of(collate([*chosen, *rejected]))
     lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0)
     answers = (batch.labels != -100) & (lengths <= max_length).repeat(2)[:, None]
     return batch.model_inputs | {"completion_mask": answers.long()}
@@ -318,18 +318,23 @@ def _lent(
         model.eval()
 
 # %% ../nbs/38_posttrain.ipynb #q052
+def _state() -> PartialState:
+    "The processes that share a run."
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def _begin(phase: str, model: nn.Module, settings: SFTSettings, out: Path) -> Path | None:
     "The checkpoint from which a run goes on. Raises ValueError on a folder of another run."
     identity = {"setting": json.loads(json.dumps(asdict(settings))), "condition": {"phase": phase}, "teacher": None}
     identity["start"] = fingerprint(dict(model.named_parameters()))
-    if PartialState().is_main_process:
+    if _state().is_main_process:
         checkpoint = last_checkpoint(out)
         if checkpoint:
             check_same_run(json.loads((out / "run.json").read_text()), identity, out)
         else:
             write_file(out / "run.json", json.dumps(identity, indent=1) + "\n")
         rewind_log(out / "log.jsonl", _step(checkpoint))
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
     return _newest(out)
 
 # %% ../nbs/38_posttrain.ipynb #q053
@@ -365,7 +370,7 @@ def _run(trainer, phase: str, out: Path, checkpoint: Path | None, progress: bool
 # %% ../nbs/38_posttrain.ipynb #q054
 def _trl_trainer(cls, config_class, model, settings, out, dataset, count, make, processor, arguments=(), **given):
     "A TRL trainer that reads `count` samples of a data set by `make`."
-    arguments = trl_arguments(settings, out, PartialState().num_processes) | dict(arguments)
+    arguments = trl_arguments(settings, out, _state().num_processes) | dict(arguments)
     return cls(
         model,
         args=config_class(**arguments),
@@ -377,7 +382,7 @@ def _trl_trainer(cls, config_class, model, settings, out, dataset, count, make, 
 
 # %% ../nbs/38_posttrain.ipynb #q055
 def _check(model: nn.Module, settings: SFTSettings) -> None:
-    processes = PartialState().num_processes
+    processes = _state().num_processes
     check_launch(processes)
     trl_arguments(settings, Path(), processes)
     if settings.precision == "fp32" and model.dtype in (torch.float16, torch.bfloat16):
@@ -391,16 +396,16 @@ def _check(model: nn.Module, settings: SFTSettings) -> None:
 @contextmanager
 def _holding(out: Path, wait: bool) -> Iterator[bool]:
     "Inside, this run has its folder for itself; whether this process writes."
-    main = PartialState().is_main_process
+    main = _state().is_main_process
     with locked(out, wait=wait) if main else nullcontext():
         yield main
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
 
 # %% ../nbs/38_posttrain.ipynb #q061
 def sft(
     model: nn.Module,  # a student or a teacher; trained in place
     dataset,  # of `Sample`s or rows with messages, as for `distill`
-    collate: Callable,  # samples -> `Batch`, or a mapping of the model's inputs and labels
+    collate: Callable,  # samples -> `Batch`, as for `distill`
     settings: SFTSettings,
     out: str | Path,  # the run's folder; a run that was stopped goes on from its last checkpoint
     *,
@@ -442,7 +447,7 @@ def dpo(
     deadline: float | None = None,  # time.time() after which it stops at the end of a step
     wait: bool = False,  # for another run that holds the folder
 ) -> dict:  # as of `sft`, with the rewards' means
-    """Trains LoRA adapters by TRL's DPOTrainer (App. C.5), for `out`/adapter, and merges them into `out`/student.
+    """Trains LoRA adapters by TRL's DPOTrainer (App. C.5). Saves them in `out`/adapter, the merged model in `out`/student.
 
     Raises what `sft` does; ValueError on a bad pair, and on a target of LoRA that matches nothing."""
     (trl, peft), out = load_trl(), Path(out)

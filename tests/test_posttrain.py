@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from copy import deepcopy
@@ -190,6 +191,7 @@ def text_batch(samples, tokenizer):
         input_ids=torch.tensor([row(a + b, tokenizer.pad_token_id) for a, b in zip(asked, said)]),
         attention_mask=torch.tensor([row([1] * len(a + b), 0) for a, b in zip(asked, said)]),
         labels=torch.tensor([row([-100] * len(a) + b, -100) for a, b in zip(asked, said)]),
+        keys=[sample.key for sample in samples],
     )
 
 
@@ -348,6 +350,39 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, whole, processes, phase,
     if phase == "dpo":
         one, other = (load_file(out / "adapter/adapter_model.safetensors") for out in (tmp_path, whole[phase][0]))
         assert all(one[name].equal(other[name]) for name in one)
+
+
+def share_a_run(out, rank, port):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ |= dict(MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    for phase in ("sft", "dpo"):
+        run(phase, out / phase, **SHARED[phase])
+
+
+SHARED = dict(
+    sft=dict(data=ANSWERS * 2, settings=replace(SFT, batch_size=4)),
+    dpo=dict(data=PAIRS * 2, settings=replace(DPO, batch_size=4)),
+)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(tmp_path, processes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [processes.Process(target=share_a_run, args=(tmp_path, rank, port)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for phase, given in SHARED.items():
+        run(phase, tmp_path / "alone" / phase, **given)
+        together, alone = log(tmp_path / phase), log(tmp_path / "alone" / phase)
+        assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-6)
+        assert [line["tokens"] for line in together] == [line["tokens"] for line in alone]
+        one, other = weights(tmp_path / phase), weights(tmp_path / "alone" / phase)
+        assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
 @phases
