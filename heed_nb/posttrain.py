@@ -447,7 +447,7 @@ def dpo(
     deadline: float | None = None,  # time.time() after which it stops at the end of a step
     wait: bool = False,  # for another run that holds the folder
 ) -> dict:  # as of `sft`, with the rewards' means
-    """Trains LoRA adapters by TRL's DPOTrainer (App. C.5). Saves them in `out`/adapter, the merged model in `out`/student.
+    """Trains LoRA adapters by TRL's DPOTrainer (App. C.5) and merges them; saves `out`/adapter and `out`/student.
 
     Raises what `sft` does; ValueError on a bad pair, and on a target of LoRA that matches nothing."""
     (trl, peft), out = load_trl(), Path(out)
