@@ -23,7 +23,7 @@ from .conditions import SPEED_ONLY
 from .files import locked, root, write_file
 from .pages import PAGES, Batch, Run, choices, teacher_lacks
 from .runs import notebook_parameters, publish, read_run
-from .scales import Scale, load_scale
+from .scales import Scale, load_scale, post_settings
 
 # %% ../nbs/68_batch.ipynb #c031
 def _gpu():
@@ -47,16 +47,17 @@ def check_can_train(
 
 # %% ../nbs/68_batch.ipynb #c009
 def ordered(batch: Batch) -> list[Run]:
-    "All runs that the pages of a batch read, each once."
-    scale = batch.scale
+    "All runs that the pages of a batch read, and those that they start from, each once."
+    scale, read = batch.scale, [run for page in PAGES.values() for run in page.reads(batch)]
 
     def rank(run):
         budget = run.token_budget or scale.token_budget
         beside = run.condition not in ("C0", *batch.conditions)
         seed = -1 if run.seed is None else run.seed
-        return bool(run.choice), run.of is not None, beside, budget != scale.token_budget, seed, budget
+        later = bool(run.choice), run.made_by == "posttrain", run.of is not None, beside
+        return *later, budget != scale.token_budget, seed, budget
 
-    return sorted(dict.fromkeys(run for page in PAGES.values() for run in page.reads(batch)), key=rank)
+    return sorted(dict.fromkeys(read + [run.start for run in read if run.start]), key=rank)
 
 # %% ../nbs/68_batch.ipynb #c041
 def run_scale(batch: Batch, run: Run) -> Scale:
@@ -65,7 +66,7 @@ def run_scale(batch: Batch, run: Run) -> Scale:
 
 
 def run_parameters(batch: Batch, run: Run) -> dict:
-    "Parameters of nbs/runs/distill.ipynb and evaluate.ipynb for a run."
+    "Parameters of nbs/runs/distill.ipynb, posttrain.ipynb and evaluate.ipynb for a run."
     given = dict(scale=batch.scale.name, condition=run.condition)
     if run.seed is not None:
         given |= dict(seed=run.seed, token_budget=run.token_budget)
@@ -75,25 +76,29 @@ def run_parameters(batch: Batch, run: Run) -> dict:
         given |= dict(overrides=choices()[run.choice].overrides, out=f"outputs/{batch.scale.name}/runs/{run.name}")
     return given
 
+# %% ../nbs/68_batch.ipynb #g2b0
+def _settings(scale: Scale, run: Run, kind: str) -> dict:
+    "The scale's settings as a run file of a kind has them in its `settings`."
+    if kind == "distill":
+        return asdict(scale.settings(run.condition, token_budget=run.token_budget, seed=run.seed))
+    phases = zip(("sft", "dpo"), post_settings(scale, run.seed) or ()) if kind == "posttrain" else ()
+    return {f"{phase}.{name}": value for phase, given in phases for name, value in asdict(given).items()}
+
 
 def is_stored(
     batch: Batch,
     run: Run,
-    kind: str,  # "distill" or "evaluate"
+    kind: str,  # "distill", "posttrain" or "evaluate"
 ) -> bool:
     "Whether a run's file is there. Raises ValueError if it was made with other settings than the scale's."
     path, scale = root() / "outputs" / batch.scale.name / "runs" / run.name / f"{kind}.json", run_scale(batch, run)
     if not path.exists():
         return False
     had, wanted = read_run(path)["parameters"], dict(teacher=batch.teachers[run.of], data=scale.data)
-    if kind == "distill":
-        settings = scale.settings(run.condition, token_budget=run.token_budget, seed=run.seed)
-        had |= had["settings"]
-        wanted |= dict(init=scale.init) | asdict(settings)
-    else:
-        wanted |= scale.evaluate
+    wanted |= dict(distill=dict(init=scale.init), posttrain={}, evaluate=scale.evaluate)[kind]
+    had, wanted = had | had.get("settings", {}), wanted | _settings(scale, run, kind)
     for key, value in json.loads(json.dumps(wanted)).items():
-        if key not in (*SPEED_ONLY, "mirror") and key in had and had[key] != value:
+        if key.rpartition(".")[2] not in (*SPEED_ONLY, "mirror") and key in had and had[key] != value:
             settings = f"{key} = {had[key]!r}, scale {scale.name} has {value!r}"
             raise ValueError(f"{path} was made with {settings}; remove its folder")
     return True
@@ -116,7 +121,7 @@ def publish_scale(scale: str) -> None:
 
 def held_runs(folder: Path) -> dict[str, list[str]]:  # a folder below it -> its results and checkpoints
     "The results and checkpoints of runs in a scale's folder."
-    found, results = {}, ("distill.json", "evaluate.json", "diagnose.json", "teacher.json")
+    found, results = {}, ("distill.json", "posttrain.json", "evaluate.json", "diagnose.json", "teacher.json")
     for path in sorted(folder.rglob("*")):
         if path.name in results or path.name.startswith("checkpoint"):
             found.setdefault(str(path.parent.relative_to(folder)), []).append(path.name)

@@ -16,6 +16,7 @@ from statistics import fmean, stdev
 
 import pandas as pd
 
+from .conditions import BENCHMARKS
 from .paper_numbers import PAPER
 from .runs import braced_names, joint_failures, model_family, pair_answers, read_runs
 from .scales import Scale
@@ -142,6 +143,13 @@ def _points(evidence, *terms, over=_over_seeds, quantity="scores", **of):
 
 def _contrast(evidence, a, b, row, quantity="scores", **of):
     return _points(evidence, (1, a, row), (-1, b, row), quantity=quantity, **of)
+
+
+def _furthest(evidence, a, b, side):  # a - b on the benchmark where its interval reaches furthest below or above
+    found = [_contrast(evidence, a, b, row) for row in BENCHMARKS]
+    unjudged = next((of for of in found if of.low is None and of.verdict != CEILING), None)
+    reach = (lambda of: of.low or 0) if side == "below" else (lambda of: -(of.high or 0))
+    return unjudged or min(found, key=reach)
 
 
 def _selectivity(evidence, a, b):
@@ -296,6 +304,7 @@ def _failures(evidence, a, b):  # %
 # %% ../nbs/66_claims.ipynb #c093aa
 MEASURES: dict[str, Callable] = dict(  # name -> (evidence, arguments...) -> Measured
     contrast=_contrast,
+    furthest=_furthest,
     selectivity=_selectivity,
     steps=_steps,
     gain=_gain,

@@ -27,9 +27,9 @@ from heed_nb.parameters import (
 
 # %% auto #0
 __all__ = ['ALIGNMENTS', 'EQ_3', 'WEIGHTS', 'CONDITIONS', 'RECIPES', 'ALIGNMENT_TITLES', 'BENCHMARKS', 'FINE_GRAINED',
-           'REASONING', 'REGIMES', 'TASKS', 'SPEED_ONLY', 'CACHED', 'Condition', 'get_condition', 'differing',
-           'components', 'recipe_table', 'alignment_table', 'Benchmark', 'TrainSettings', 'SFTSettings', 'DPOSettings',
-           'weight_parameters']
+           'REASONING', 'REGIMES', 'TASKS', 'SPEED_ONLY', 'CACHED', 'Condition', 'get_condition', 'start_of',
+           'differing', 'components', 'recipe_table', 'alignment_table', 'Benchmark', 'TrainSettings', 'SFTSettings',
+           'DPOSettings', 'weight_parameters']
 
 # %% ../nbs/30_conditions.ipynb #c005
 ALIGNMENTS = (None, "head_output", "attention_output", "residual")
@@ -242,6 +242,16 @@ def get_condition(
     if name not in CONDITIONS:
         raise ValueError(f"unknown condition {name!r}; one of {', '.join(CONDITIONS)}")
     return CONDITIONS[name]
+
+# %% ../nbs/30_conditions.ipynb #g2a6
+def start_of(
+    name: str,  # of a condition after SFT and DPO
+) -> str:  # C4 for C4+; C0, the teacher, for C0+
+    "The condition that SFT and DPO start from. Raises ValueError on one without them."
+    if not get_condition(name).posttrained:
+        able = ", ".join(name for name, condition in CONDITIONS.items() if condition.posttrained)
+        raise ValueError(f"condition {name!r} has no SFT and DPO; these have: {able}")
+    return name.removesuffix("+")
 
 # %% ../nbs/30_conditions.ipynb #c010
 def differing(

@@ -17,12 +17,12 @@ import pandas as pd
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from .conditions import get_condition
+from .conditions import get_condition, start_of
 from .files import root
 from .paper_numbers import ABLATIONS, PAPER, SWEEP
 from .parameters import Seed, check_parameters, convert
 from .runs import notebook_parameters, read_run, run_name
-from .scales import Scale, load_scale
+from .scales import Scale, load_scale, post_settings
 
 # %% ../nbs/67_pages.ipynb #p005
 @dataclass(frozen=True)
@@ -73,6 +73,17 @@ class Run:
     def name(self) -> str:
         "Its folder under outputs/SCALE/runs."
         return run_name(self.label, self.seed, self.token_budget, self.of)
+
+    @property
+    def made_by(self) -> str:  # "" for a teacher
+        "The notebook of nbs/runs that makes its student: distill or posttrain."
+        return "" if self.seed is None else "posttrain" if get_condition(self.condition).posttrained else "distill"
+
+    @property
+    def start(self) -> "Run | None":
+        "The run whose student post-training starts from; None: it starts from a teacher."
+        base = start_of(self.condition) if self.made_by == "posttrain" else "C0"
+        return None if base == "C0" else replace(self, condition=base)
 
 # %% ../nbs/67_pages.ipynb #p014
 def _find(teacher, name):
@@ -129,6 +140,11 @@ class Batch:
             path for of, path in self.teachers.items() if of and not self.trains(path) and teacher_lacks(path)
         ]
 
+    def asks(self, condition: str) -> bool:
+        "Whether a page that names the condition shows it: as it is given, or as the scale has it, by default all."
+        of_scale = not self.narrowed and (condition in self.scale.page_conditions or not self.scale.page_conditions)
+        return condition in self.conditions or of_scale
+
     def trains(self, teacher: str) -> bool:
         "Whether the batch trains a teacher first: its folder is one that the scale's runs write."
         return teacher.startswith(f"outputs/{self.scale.name}/")
@@ -136,8 +152,9 @@ class Batch:
     def runs(
         self, conditions: Iterable[str], seeds: Iterable[int], budgets: Iterable[int], of: str | None = None
     ) -> list[Run]:
-        "The teacher, if C0 is among the conditions, and its students."
-        taken = [(c, s) for c in conditions if c != "C0" for s in seeds if self.seeds_given or self.scale.takes(c, s)]
+        "The teacher, if C0 is among the conditions, and its students; post-trained ones if the scale post-trains."
+        made = [c for c in conditions if c != "C0" and (post_settings(self.scale) or not get_condition(c).posttrained)]
+        taken = [(c, s) for c in made for s in seeds if self.seeds_given or self.scale.takes(c, s)]
         teacher = [Run("C0", of=of)] * ("C0" in conditions)
         return teacher + [Run(c, s, budget, of) for c, s in taken for budget in sorted(set(budgets))]
 
@@ -165,7 +182,9 @@ def every_teacher(batch: Batch, conditions: list[str]) -> list[Run]:
     others = [of for of, path in batch.teachers.items() if of and path not in batch.absent]
     budgets = {batch.scale.token_budget, *batch.scale.side_budgets}
     found = curve(batch, conditions, budgets) if None in batch.teachers else []
-    return found + [run for of in others for run in batch.runs(conditions, batch.side_seeds, budgets, of)]
+    found += [run for of in others for run in batch.runs(conditions, batch.side_seeds, budgets, of)]
+    ends = [None] * (None in batch.teachers) + others if batch.asks("C4+") else []
+    return found + [run for of in ends for run in batch.runs(["C4+"], batch.side_seeds, [batch.scale.token_budget], of)]
 
 
 def choice_pairs(batch: Batch) -> dict[str, list[tuple[Run, Run]]]:  # by the name of a choice
@@ -194,7 +213,9 @@ class Page:
     name: str  # of its notebook
     runs: Callable[[Batch, list[str]], list[Run]] | None = None  # a batch, conditions -> runs; None: it reads none
     conditions: tuple[str, ...] = ()  # that it shows; (): Table 1's
-    files: tuple[str, ...] = RUN_FILES  # of each run, that with the numbers first; a teacher has no distill.json
+    files: tuple[str, ...] = (
+        RUN_FILES  # of each run, that with the numbers first; distill.json: of the notebook that made it
+    )
     parts: tuple["Page", ...] = ()  # pages whose files it reads as well
     is_first: bool = False  # whether `make tables` makes it, of the seeds measured so far
     teacher: bool = False  # whether it loads the scale's teacher
@@ -206,10 +227,7 @@ class Page:
 
     def shows(self, batch: Batch) -> list[str]:
         "The conditions that it shows of a batch, C0 first: its own, or those of them that are asked for."
-        asked, scale = batch.conditions, batch.scale
-        if self.conditions and not batch.narrowed:
-            asked = [*asked, *scale.page_conditions] if scale.page_conditions else self.conditions
-        shown = [c for c in self.conditions if c in asked] if self.conditions else asked
+        shown = [c for c in self.conditions if batch.asks(c)] if self.conditions else batch.conditions
         return ["C0", *(c for c in shown if c != "C0")]
 
     def reads(self, batch: Batch, conditions: list[str] | None = None) -> list[Run]:
@@ -219,13 +237,15 @@ class Page:
 
     def paths(self, batch: Batch) -> dict[str, Run]:
         "Files under outputs/SCALE/runs that it reads, each with its run."
-        files = lambda run: [file for file in self.files if run.seed is not None or file != "distill.json"]
+        made = lambda run, file: f"{run.made_by}.json" if file == "distill.json" else file
+        files = lambda run: [made(run, file) for file in self.files if run.made_by or file != "distill.json"]
         own = {f"{run.name}/{file}": run for run in self.reads(batch) for file in files(run)}
         return {path: run for page in self.parts for path, run in page.paths(batch).items()} | own
 
 # %% ../nbs/67_pages.ipynb #p034
 _RECIPES = ("LoLCATs", "MOHAWK", "MaTVLM", "mmMamba")  # Mamba-in-Llama is C1 under another name
 _MASKS = ("mask-10", "mask-25", "mask-50", "random-10", "random-25", "random-50")
+_ENDS = ("C1+", "C2+", "C3+", "C4+")
 _PAGES = [
     Page("consistency"),
     Page("figure_01", table, is_first=True),
@@ -238,8 +258,10 @@ _PAGES = [
     Page("starts", teacher=True),
     Page("table_01", table, is_first=True),
     Page("table_01_budgets", lambda batch, shown: curve(batch, shown, batch.scale.budgets)),
+    Page("table_02", table, ("C0", "C0+", *_ENDS)),
     Page("table_03"),
     Page("table_03_runs", lambda *asked: table(*asked, _RECIPES), ("C0", *_RECIPES, "C1", "C2", "C3", "C4")),
+    Page("table_04", table, ("C0", "C0+", *_ENDS, "C5+", "C6+")),
     Page("table_05", lambda batch, shown: curve(batch, shown, batch.scale.side_budgets), ("C0", "C4", "C5", "C6")),
     Page("table_06", every_teacher),
     Page("table_08", lambda *asked: table(*asked, SWEEP), ("C0", "C4", *ABLATIONS, *SWEEP)),

@@ -27,13 +27,12 @@ from huggingface_hub import constants
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from .checkpoints import check_same_run, fingerprint, rewind_log, save_student
 from .conditions import Condition, DPOSettings, SFTSettings
 from .files import SUMS, check_sums, locked, save_parts, settle, sync, write_file, write_sums
-from .hybrid import mixers_of
 from .samples import BadSample, Batch, Sample, as_sample, samples_of, viewed
 from .trainer import OutOfTime, adamw, check_launch
 
@@ -79,11 +78,9 @@ def lora_targets(
     return [name for name in linear if not names or last[name] in names]
 
 # %% ../nbs/38_posttrain.ipynb #q017
-def check_start(model: nn.Module, condition: Condition) -> None:
-    "Raises ValueError if the model is not what the condition post-trains, or the condition post-trains nothing."
-    if not condition.posttrained:
-        raise ValueError(f"condition {condition.name!r} has no SFT and DPO; {condition.name}+ has, if the paper has it")
-    mixer = model.config.get_text_config().mixer if mixers_of(model) else None
+def check_start(config: PreTrainedConfig, condition: Condition) -> None:
+    "Raises ValueError if a model of this config is not what the condition post-trains."
+    mixer = getattr(config.get_text_config(), "mixer", None)
     if mixer != condition.mixer:
         found, wanted = (f"a hybrid with {name}" if name else "no hybrid" for name in (mixer, condition.mixer))
         raise ValueError(f"condition {condition.name!r} starts from {wanted}; the checkpoint is {found}")
@@ -140,13 +137,13 @@ def check_data(
 # %% ../nbs/38_posttrain.ipynb #q031
 def sft_batch(
     samples: list,
-    collate: Callable,  # samples -> `Batch`, or a mapping of the model's inputs and labels
+    collate: Callable,  # samples -> `Batch`, as for `distill`
     max_length: int,  # tokens of a sample; a longer one has no label
 ) -> dict:  # inputs of the model, and labels [B, T], -100 except on answers
     "A batch as `SFTTrainer` takes it."
-    batch = Batch.of(collate(samples), keys=[])
-    batch.labels[batch["attention_mask"].sum(1) > max_length] = -100
-    return batch.model_inputs | {"labels": batch.labels}
+    batch = Batch.of(collate(samples))
+    too_long = batch["attention_mask"].sum(1) > max_length
+    return batch.model_inputs | {"labels": batch.labels.masked_fill(too_long[:, None], -100)}
 
 
 def preference_batch(
@@ -156,7 +153,7 @@ def preference_batch(
 ) -> dict:  # inputs of the model, and completion_mask [2B, T], 1 on answers
     "A batch as `DPOTrainer` takes it: the chosen conversations, then the rejected ones."
     chosen, rejected = zip(*(as_pair(row, i) for i, row in enumerate(rows)))
-    batch = Batch.of(collate([*chosen, *rejected]), keys=[])
+    batch = Batch.of(collate([*chosen, *rejected]))
     lengths = batch["attention_mask"].sum(1).view(2, -1).sum(0)
     answers = (batch.labels != -100) & (lengths <= max_length).repeat(2)[:, None]
     return batch.model_inputs | {"completion_mask": answers.long()}
@@ -321,18 +318,23 @@ def _lent(
         model.eval()
 
 # %% ../nbs/38_posttrain.ipynb #q052
+def _state() -> PartialState:
+    "The processes that share a run."
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def _begin(phase: str, model: nn.Module, settings: SFTSettings, out: Path) -> Path | None:
     "The checkpoint from which a run goes on. Raises ValueError on a folder of another run."
     identity = {"setting": json.loads(json.dumps(asdict(settings))), "condition": {"phase": phase}, "teacher": None}
     identity["start"] = fingerprint(dict(model.named_parameters()))
-    if PartialState().is_main_process:
+    if _state().is_main_process:
         checkpoint = last_checkpoint(out)
         if checkpoint:
             check_same_run(json.loads((out / "run.json").read_text()), identity, out)
         else:
             write_file(out / "run.json", json.dumps(identity, indent=1) + "\n")
         rewind_log(out / "log.jsonl", _step(checkpoint))
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
     return _newest(out)
 
 # %% ../nbs/38_posttrain.ipynb #q053
@@ -368,7 +370,7 @@ def _run(trainer, phase: str, out: Path, checkpoint: Path | None, progress: bool
 # %% ../nbs/38_posttrain.ipynb #q054
 def _trl_trainer(cls, config_class, model, settings, out, dataset, count, make, processor, arguments=(), **given):
     "A TRL trainer that reads `count` samples of a data set by `make`."
-    arguments = trl_arguments(settings, out, PartialState().num_processes) | dict(arguments)
+    arguments = trl_arguments(settings, out, _state().num_processes) | dict(arguments)
     return cls(
         model,
         args=config_class(**arguments),
@@ -380,7 +382,7 @@ def _trl_trainer(cls, config_class, model, settings, out, dataset, count, make, 
 
 # %% ../nbs/38_posttrain.ipynb #q055
 def _check(model: nn.Module, settings: SFTSettings) -> None:
-    processes = PartialState().num_processes
+    processes = _state().num_processes
     check_launch(processes)
     trl_arguments(settings, Path(), processes)
     if settings.precision == "fp32" and model.dtype in (torch.float16, torch.bfloat16):
@@ -394,16 +396,16 @@ def _check(model: nn.Module, settings: SFTSettings) -> None:
 @contextmanager
 def _holding(out: Path, wait: bool) -> Iterator[bool]:
     "Inside, this run has its folder for itself; whether this process writes."
-    main = PartialState().is_main_process
+    main = _state().is_main_process
     with locked(out, wait=wait) if main else nullcontext():
         yield main
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
 
 # %% ../nbs/38_posttrain.ipynb #q061
 def sft(
     model: nn.Module,  # a student or a teacher; trained in place
     dataset,  # of `Sample`s or rows with messages, as for `distill`
-    collate: Callable,  # samples -> `Batch`, or a mapping of the model's inputs and labels
+    collate: Callable,  # samples -> `Batch`, as for `distill`
     settings: SFTSettings,
     out: str | Path,  # the run's folder; a run that was stopped goes on from its last checkpoint
     *,
@@ -445,7 +447,7 @@ def dpo(
     deadline: float | None = None,  # time.time() after which it stops at the end of a step
     wait: bool = False,  # for another run that holds the folder
 ) -> dict:  # as of `sft`, with the rewards' means
-    """Trains LoRA adapters by TRL's DPOTrainer (App. C.5), for `out`/adapter, and merges them into `out`/student.
+    """Trains LoRA adapters by TRL's DPOTrainer (App. C.5) and merges them; saves `out`/adapter and `out`/student.
 
     Raises what `sft` does; ValueError on a bad pair, and on a target of LoRA that matches nothing."""
     (trl, peft), out = load_trl(), Path(out)

@@ -253,6 +253,7 @@ def joint_failures(
 PUBLISHED = ("tables/*.md", "tables/*.csv", "figures/*.png", "claims.md")
 PUBLISHED_OF_RUNS = (
     "runs/**/distill.json",
+    "runs/**/posttrain.json",
     "runs/**/evaluate.json",
     "runs/**/diagnose.json",
     "runs/C[134]-seed*/answers.jsonl",

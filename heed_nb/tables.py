@@ -20,6 +20,7 @@ from .statistics import AVERAGES, BESIDE_SCORES, ROWS, TITLES, at_budget, contra
 
 # %% ../nbs/64_tables.ipynb #c044
 CONTRASTS = (("C4", "C3"), ("C4", "C1"), ("C2", "C1"), ("C3", "C2"), ("C4", "C4-shuffled"), ("C5", "C4"), ("C6", "C4"))
+CONTRASTS += (("C4+", "C3+"), ("C4+", "C1+"), ("C4+", "C0+"), ("C5+", "C4+"), ("C6+", "C4+"))  # after SFT and DPO
 MEASURES = ("ocrbench_v2", "fine_grained", "reasoning", "average")  # rows of a contrast
 
 # %% ../nbs/64_tables.ipynb #c044s1
@@ -61,8 +62,9 @@ seeds may differ by more. In italics: the paper's numbers."""
 
 
 def condition_label(condition: str) -> str:
-    "A condition's name, with its title where it is one of the paper's own."
-    return f"{condition} {CONDITIONS[condition].title}" if condition in (*LADDER, *VARIANTS) else condition
+    "A condition's name, with its title where it is one of the paper's own, as it is or after SFT and DPO."
+    base = condition.removesuffix("+")
+    return f"{condition} {CONDITIONS[condition].title}" if base in (*LADDER, *VARIANTS) else condition
 
 
 def plus_minus(
@@ -122,12 +124,13 @@ def markdown_table(
 def score_markdown(
     cells: pd.DataFrame,  # of `score_table`
     conditions: tuple[str, ...] = LADDER,
+    shown: tuple[str, ...] = ROWS,  # rows before the distance to the teacher
 ) -> str:
     "Scores in Markdown, a row a benchmark and a column a condition, each with the paper's where it has one."
     of_paper = set(cells[cells.paper.notna()].column)
     header = [""] + [text for c in conditions for text in (condition_label(c), "*paper*")[: 1 + (c in of_paper)]]
     rows = []
-    for row in (*ROWS, "delta"):
+    for row in (*shown, "delta"):
         bold = "**" * (row in AVERAGES)
         texts = [text for c in conditions for text in printed(cells, row, c)[: 1 + (c in of_paper)]]
         rows.append([f"{bold}{TITLES[row]}{bold}", *texts])
@@ -172,7 +175,7 @@ def teacher_markdown(
     cells: pd.DataFrame,  # of `teacher_table`
 ) -> str:
     "Table 6 in Markdown: a line a teacher, each column with the paper's where it has one."
-    of_paper = (*LADDER, "C4-C3")
+    of_paper = (*LADDER, "C4+", "C4-C3")
     columns = sorted(cells.column.unique(), key="C4-C3".__eq__)  # the contrast last
     names = {c: "C4 – C3" if c == "C4-C3" else condition_label(c) for c in columns}
     header = [text for c in columns for text in (names[c], "*paper*")[: 1 + (c in of_paper)]]

@@ -87,9 +87,10 @@ def finished(repository):
     code, said = batch(repository, "all", options=["--dry-run", "--printshellcmds"])
     assert code == 0, said
     calls = [shlex.split(line) for line in re.findall(r"Shell command: (.*papermill.*)", said)]
-    rank = {f"nbs/runs/{name}.ipynb": i for i, name in enumerate(("teacher", "distill", "evaluate", "diagnose"))}
+    order = ("teacher", "distill", "posttrain", "evaluate", "diagnose")
+    rank = {f"nbs/runs/{name}.ipynb": i for i, name in enumerate(order)}
     with chdir(repository):
-        for words in sorted(calls, key=lambda words: rank.get(words[words.index("--no-progress-bar") + 1], 4)):
+        for words in sorted(calls, key=lambda words: rank.get(words[words.index("--no-progress-bar") + 1], len(order))):
             notebook, log, _, parameters = words[words.index("--no-progress-bar") + 1 :][:4]
             run_notebook(notebook, json.loads(parameters), log=log)
     return repository

@@ -117,6 +117,24 @@ def teacher_with(**given):
             dict(condition="C1"),
             "no student in outputs/smoke/runs/C1-seed0-budget3000; run nbs/runs/distill",
         ),
+        (
+            "evaluate",
+            dict(condition="C4+"),
+            "no student in outputs/smoke/runs/C4+-seed0-budget3000; run nbs/runs/posttrain",
+        ),
+        (
+            "posttrain",
+            dict(condition="C4+"),
+            "no student in outputs/smoke/runs/C4-seed0-budget3000; run nbs/runs/distill",
+        ),
+        ("posttrain", dict(condition="C0"), "condition 'C0' has no SFT and DPO; these have: C0+, C1+"),
+        (
+            "posttrain",
+            dict(condition="C4+", student="outputs/teachers/toy-qwen3vl", out="x"),
+            "condition 'C4+' starts from a hybrid with mamba2; the checkpoint is no hybrid",
+        ),
+        ("posttrain", dict(student="outputs/teachers/toy-qwen3vl"), "overrides and another student make another run"),
+        ("posttrain", dict(scale="toy"), "scale toy has no sft and dpo; give their samples in its file or as overri"),
         ("diagnose", dict(layers=[]), "layers is []; it takes a list of whole numbers of 0 or more, or nothing"),
         ("teacher", dict(teacher=["a"]), "teacher is ['a']; it takes a text that is not empty, or nothing"),
         ("teacher", teacher_with(read_steps=-1), "read_steps is -1; it must be 0 or more"),
@@ -150,24 +168,23 @@ def test_a_teacher_in_the_hubs_cache_is_one_that_is_whole(lacking, message, tmp_
 
 
 @pytest.mark.parametrize(
-    "kind, key, was", [("distill", "lr", 1), ("distill", "init", "mamba"), ("evaluate", "questions", 3)]
+    "kind, key, was",
+    [("distill", "lr", 1), ("distill", "init", "mamba"), ("evaluate", "questions", 3), ("posttrain", "dpo.beta", 0.3)],
 )
 def test_what_was_made_with_other_settings_is_refused(kind, key, was, copy):
-    scale, folder = load_scale("smoke"), copy / "outputs/smoke/runs/C4-seed7-budget3000"
+    scale, condition = load_scale("smoke"), "C4+" if kind == "posttrain" else "C4"
+    folder = copy / f"outputs/smoke/runs/{condition}-seed7-budget3000"
     made = dict(teacher=scale.teacher, data=scale.data, init=scale.init, settings=asdict(scale.settings("C4", seed=7)))
     if kind == "evaluate":
         write_run(folder / "distill.json", "distill", made, {})
-    write_run(
-        folder / f"{kind}.json",
-        kind,
-        made | (dict(settings=made["settings"] | {key: was}) if key == "lr" else {key: was}),
-        {},
-    )
+    changed = {key: was} if key in ("init", "questions") else dict(settings=made["settings"] | {key: was})
+    write_run(folder / f"{kind}.json", kind, made | changed, {})
     with pytest.raises(
         ValueError, match=rf"{kind}.json was made with {key} = {was!r}, scale smoke has .*; remove its folder$"
     ):
-        many(seeds=[7])
-    assert sorted(path.name for path in folder.iterdir()) == sorted({"distill.json", f"{kind}.json"})
+        many(seeds=[7], conditions=[condition])
+    made_by = {"evaluate": ["distill.json"]}.get(kind, [])
+    assert sorted(path.name for path in folder.iterdir()) == sorted({*made_by, f"{kind}.json"})
     shutil.rmtree(copy / "outputs/smoke")
 
 
