@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .conditions import SPEED_ONLY
 from .files import locked, root, write_file
-from .pages import PAGES, Batch, Run, choices, teacher_lacks
+from .pages import PAGES, Run, RunPlan, choices, teacher_lacks
 from .runs import notebook_parameters, publish, read_run
 from .scales import Scale, load_scale, post_settings
 
@@ -46,7 +46,7 @@ def check_can_train(
         raise ValueError(f"scale {scale.name} can't train here: {'; '.join(found)}")
 
 # %% ../nbs/68_batch.ipynb #c009
-def ordered(batch: Batch) -> list[Run]:
+def ordered(batch: RunPlan) -> list[Run]:
     "All runs that the pages of a batch read, and those that they start from, each once."
     scale, read = batch.scale, [run for page in PAGES.values() for run in page.reads(batch)]
 
@@ -60,12 +60,12 @@ def ordered(batch: Batch) -> list[Run]:
     return sorted(dict.fromkeys(read + [run.start for run in read if run.start]), key=rank)
 
 # %% ../nbs/68_batch.ipynb #c041
-def run_scale(batch: Batch, run: Run) -> Scale:
+def run_scale(batch: RunPlan, run: Run) -> Scale:
     "The scale with the run's choice."
     return load_scale(batch.scale.name, choices()[run.choice].overrides) if run.choice else batch.scale
 
 
-def run_parameters(batch: Batch, run: Run) -> dict:
+def run_parameters(batch: RunPlan, run: Run) -> dict:
     "Parameters of nbs/runs/distill.ipynb, posttrain.ipynb and evaluate.ipynb for a run."
     given = dict(scale=batch.scale.name, condition=run.condition)
     if run.seed is not None:
@@ -86,7 +86,7 @@ def _settings(scale: Scale, run: Run, kind: str) -> dict:
 
 
 def is_stored(
-    batch: Batch,
+    batch: RunPlan,
     run: Run,
     kind: str,  # "distill", "posttrain" or "evaluate"
 ) -> bool:

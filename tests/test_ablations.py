@@ -11,7 +11,7 @@ from scipy import stats
 from heed_nb import conditions as registry
 from heed_nb import pages
 from heed_nb.conditions import CONDITIONS, RECIPES, Condition
-from heed_nb.pages import PAGES, Batch
+from heed_nb.pages import PAGES, RunPlan
 from heed_nb.paper_numbers import ABLATIONS, SWEEP, paper_table
 from heed_nb.scales import load_scale
 from test_results import ROOT, cell, notebook, page
@@ -153,7 +153,7 @@ def test_other_settings_and_other_recipes_have_side_seeds():
         of = lambda c: sorted(run.seed for run in runs if run.condition == c)
         return {c: of(c) for c in PAGES[name].shows(batch) if c != "C0"}
 
-    batch, given = Batch(scale), Batch(scale, seeds=[4, 5])
+    batch, given = RunPlan(scale), RunPlan(scale, seeds=[4, 5])
     ladder, masks = ("C1", "C2", "C3", "C4"), PAGES["figure_a8"].conditions[1:]
     assert seeds("table_08", batch) == dict.fromkeys(("C4", *ABLATIONS), [0, 1, 2]) | dict.fromkeys(SWEEP, [0])
     assert seeds("table_08", given) == dict.fromkeys(("C4", *ABLATIONS, *SWEEP), [4, 5])
@@ -167,7 +167,7 @@ def test_other_settings_and_other_recipes_have_side_seeds():
 
 def test_side_budgets_are_those_of_tables_5_and_6():
     scale = replace(load_scale("toy"), side_seeds=(0,))
-    batch, curves = Batch(scale), Batch(replace(scale, side_budgets=(1000, 3000)))
+    batch, curves = RunPlan(scale), RunPlan(replace(scale, side_budgets=(1000, 3000)))
     more = {name: set(of.reads(curves)) - set(of.reads(batch)) for name, of in PAGES.items() if not of.parts}
     assert {name for name in more if more[name]} == {"table_05", "table_06"}
     variants = {(c, 0, budget) for c in ("C4", "C5", "C6") for budget in (1000, 3000)}
@@ -177,7 +177,7 @@ def test_side_budgets_are_those_of_tables_5_and_6():
 
 
 def test_a_page_of_smoke_shows_one_of_a_kind():
-    smoke = Batch(load_scale("smoke"))
+    smoke = RunPlan(load_scale("smoke"))
     assert PAGES["figure_a8"].shows(smoke) == ["C0", "C1", "C4", "mask-25", "random-25"]
     assert PAGES["table_03_runs"].shows(smoke) == ["C0", "mmMamba", "C1", "C4"]
 

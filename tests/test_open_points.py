@@ -5,7 +5,7 @@ import pytest
 
 from heed_nb.batch import ordered, run_parameters, run_scale
 from heed_nb.conditions import BENCHMARKS, FINE_GRAINED, differing
-from heed_nb.pages import PAGES, Batch, Run, choices, open_points
+from heed_nb.pages import PAGES, Run, RunPlan, choices, open_points
 from heed_nb.runs import read_runs
 from heed_nb.scales import load_scale
 from test_results import ROOT, evaluated, notebook
@@ -77,7 +77,7 @@ def test_what_a_choice_changes_is_what_its_name_says():
 
 def test_the_batch_runs_what_a_scale_tries_beside_the_default():
     scale = load_scale("smoke", {"open_points": ["temper=0.5", "condition=C3-forced"], "side_seeds": [0, 4]})
-    batch = Batch(scale)
+    batch = RunPlan(scale)
     names = [run.name.removesuffix("-budget3000") for run in PAGES["open_points"].reads(batch)]
     assert names == [
         "C5-temper=0.5-seed0",
@@ -99,4 +99,4 @@ def test_the_batch_runs_what_a_scale_tries_beside_the_default():
         overrides={"train.temper": 0.5},
         out="outputs/smoke/runs/C5-temper=0.5-seed0-budget3000",
     )
-    assert not PAGES["open_points"].reads(Batch(scale, ["C5"])) and run not in PAGES["claims"].reads(batch)
+    assert not PAGES["open_points"].reads(RunPlan(scale, ["C5"])) and run not in PAGES["claims"].reads(batch)

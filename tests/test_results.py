@@ -23,7 +23,7 @@ import heed_nb
 from heed_nb.conditions import BENCHMARKS
 from heed_nb.figures import budget_figure, ladder_figure
 from heed_nb.files import locked, write_file
-from heed_nb.pages import PAGES, Batch, OpenPage
+from heed_nb.pages import PAGES, OpenPage, RunPlan
 from heed_nb.paper_numbers import LADDER, made_up_runs, paper_checks, paper_table
 from heed_nb.runs import code_version, publish, read_run, read_runs, run_name, write_run
 from heed_nb.scales import Scale
@@ -428,7 +428,7 @@ def test_table_6_of_an_unknown_teacher(tmp_path):
 def test_the_scales_seeds_are_those_of_a_condition(tmp_path):
     evaluated(tmp_path, {"C0": {None: 90}, "C1": {0: 50, 1: 50}, "C4": {0: 50, 1: 50}})
     scale = Scale("made", "t", 2000, teachers={"t": {}}, seeds=(0,), more_seeds={"C4": (1, 2)})
-    found, missing = OpenPage(PAGES["table_01"], Batch(scale), ["C0", "C1", "C4"], tmp_path, tmp_path).read()
+    found, missing = OpenPage(PAGES["table_01"], RunPlan(scale), ["C0", "C1", "C4"], tmp_path, tmp_path).read()
     names = ["C0", "C1-seed0-budget2000", "C4-seed0-budget2000", "C4-seed1-budget2000"]
     assert [run["name"] for run in found] == names and missing == ["C4-seed2-budget2000"]
 
