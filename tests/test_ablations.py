@@ -201,17 +201,19 @@ def test_the_pipeline_names_every_condition_that_is_distilled(tmp_path):
     assert shown >= {name for name, c in CONDITIONS.items() if c.mixer and not c.posttrained}
     assert (tmp_path / "figures/figure_04.png").read_bytes().startswith(b"\x89PNG")
     assert any(r"W_Q" in text and "rightarrow" in text for text in texts)
-    assert any("computed with the frozen tower" in text for text in texts)
+    assert any("read from a cache" in text for text in texts)
     assert re.search(r"\| C2, C3, .* \| +0.0% \| +10.0% \| +30.0% \| +60.0% \|", table)
 
 
 def test_another_registry_and_other_settings_draw_another_pipeline(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.CONDITIONS, "C9", Condition("C9", "New", alignment="head_output", weights="density"))
-    changed = dict(stages=(0.2, 0.3, 0.5), tau=0.7, ce_weight=0.3, density_cache="d.cache")
-    scale = load_scale("smoke")
-    monkeypatch.setattr(pages, "load_scale", lambda name: replace(scale, init="identity", train=scale.train | changed))
+    changed = dict(stages=(0.2, 0.3, 0.5), tau=0.7, ce_weight=0.3)
+    scale, start = load_scale("smoke"), dict(init="identity", density_cache=False)
+    monkeypatch.setattr(pages, "load_scale", lambda name: replace(scale, **start, train=scale.train | changed))
     texts, table = drawn(tmp_path)
     assert "C9" in texts and {"Stage 1\n20%", "Stage 3\n50%"} <= set(texts)
-    assert any("read from a cache" in text for text in texts) and any(r"\tau=0.7" in text for text in texts)
+    assert any("computed with the frozen tower" in text for text in texts) and any(
+        r"\tau=0.7" in text for text in texts
+    )
     assert any(r"0.3\;$CE" in text for text in texts)
     assert "q_norm" in table and re.search(r"\| C9 .*\\hat h", table)
