@@ -1,24 +1,33 @@
 "Corpora from every source's schema: prepared, read, trained on; bad rows, kills and limits."
 
 import io
+import json
+import random
+import ssl
+import subprocess
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 
+import copies
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-
-import copies
 import tiny
 from copies import picture
+from PIL import Image
+
+from heed_nb import corpora
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.corpora import Caps, benchmark_rows, load_corpus, prepare
 from heed_nb.data import collate
-from heed_nb.downloads import public_addresses
+from heed_nb.downloads import Limits, Refused, fetch, public_addresses
 from heed_nb.hybrid import to_hybrid
 from heed_nb.samples import as_sample, viewed
 from heed_nb.sources import BENCHMARKS, SOURCES, HeldOut
@@ -286,3 +295,129 @@ def test_a_corpus_that_is_not_whole_is_refused(corpus, tmp_path):
         corpus("LIMA", 5)
     with pytest.raises(ValueError, match="no whole corpus; `make data` prepares it"):
         load_corpus(tmp_path / "corpus")
+
+
+def test_a_killed_preparation_goes_on_to_the_same_corpus(processor, tmp_path, monkeypatch):
+    "By SIGKILL at any moment, with workers, which end too; uninterrupted and without workers it is the same corpus."
+    monkeypatch.setattr(corpora, "CHUNK", 4)
+    monkeypatch.setattr(corpora, "SHARD", 2)
+    rows = [dict(conversations=[f"Say {i}.", "" if i % 7 == 0 else f"{i}."]) for i in range(400)]
+    copies.write(tmp_path / "copies", "LIMA", rows)
+    copies.write(tmp_path / "copies", "ShareGPT-4o", n=20)
+    sources = {name: replace(SOURCES[name], limit=0.5) for name in ("LIMA", "ShareGPT-4o")}
+    wanted = {"LIMA": 250, "ShareGPT-4o": 20}
+    options = dict(copies=tmp_path / "copies", progress=False, sources=sources)
+    whole = prepare(wanted, processor, tmp_path / "whole", HeldOut(), **options)
+
+    chance, kills = random.Random(0), 0
+    arguments = (wanted, processor, tmp_path / "killed", HeldOut())
+    while not (tmp_path / "killed/manifest.json").exists():
+        run = get_context("fork").Process(target=prepare, args=arguments, kwargs=options | dict(workers=2))
+        run.start()
+        written = lambda: len(list((tmp_path / "killed").glob("*/*.arrow")))
+        enough = written() + chance.randrange(1, 20)
+        while run.is_alive() and written() < enough:
+            time.sleep(0.002)
+        workers = psutil.Process(run.pid).children() if run.is_alive() else []
+        kills += run.is_alive()
+        run.kill()
+        run.join()
+        assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert kills >= 2
+    made = json.loads((tmp_path / "killed/manifest.json").read_text())
+    for counts in (*whole["sources"].values(), *made["sources"].values()):
+        counts.pop("seconds")
+    assert made == json.loads(json.dumps(whole))
+    assert list(load_corpus(tmp_path / "killed")) == list(load_corpus(tmp_path / "whole"))
+
+
+def test_a_seed_draws_its_own_rows(corpus, processor, tmp_path):
+    copies.write(tmp_path / "copies", "LIMA", n=300)
+    sources = {"LIMA": replace(SOURCES["LIMA"], rows=300)}
+    options = dict(copies=tmp_path / "copies", progress=False, sources=sources)
+    drawn = []
+    for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
+        prepare({"LIMA": 100}, processor, tmp_path / folder, HeldOut(), seed=seed, **options)
+        drawn.append({str(texts(row)) for row in load_corpus(tmp_path / folder)})
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 100 and 15 < len(drawn[0] & drawn[2]) < 55
+
+
+@pytest.fixture(scope="module")
+def slow_web():
+    "A server that sends a header or a byte at a time, fails before it answers, or says too little."
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/")
+            asked.append(name)
+            if name == "headers":
+                self.connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            elif name == "busy" and asked.count("busy") < 3:
+                return self.send_error(503)
+            else:
+                self.send_response(200)
+                self.send_header("Content-Length", "9" if name == "short" else "1000" if name == "drip" else "2")
+                self.end_headers()
+                self.wfile.write(b"ok")
+            with suppress(OSError):
+                for _ in range(60 if name in ("drip", "headers") else 0):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://images.test:{server.server_port}/", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("drip", TimeoutError, "more than 0.4 seconds"),
+        ("headers", TimeoutError, "0.4"),
+        ("short", OSError, "2 of 9 bytes"),
+    ],
+)
+def test_a_slow_or_short_answer_ends(name, error, message, slow_web):
+    site, asked = slow_web
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        fetch(site + name, Limits(seconds=0.4, tries=1), as_declared(0))
+    assert time.monotonic() - began < 2 and asked.count(name) == 1
+
+
+def test_a_busy_server_is_asked_again(slow_web):
+    site, asked = slow_web
+    assert fetch(site + "busy", resolve=as_declared(0)) == b"ok" and asked.count("busy") == 3
+
+
+def test_a_certificate_must_be_the_hosts(tmp_path):
+    "The connection goes to an address, the certificate is checked against the name."
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=images.test"
+    subprocess.run(
+        [*command.split(), "-addext", "subjectAltName=DNS:images.test"], cwd=tmp_path, check=True, capture_output=True
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here, url = lambda host, port: ["127.0.0.1"], f"https://{{}}:{server.server_port}/no-such-file"
+    try:
+        with pytest.raises(Refused, match="certificate is not valid"):
+            fetch(url.format("images.test"), resolve=here)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+            with pytest.raises(Refused, match="HTTP 404"):
+                fetch(url.format("images.test"), resolve=here)
+            with pytest.raises(Refused, match="certificate is not valid: Hostname mismatch"):
+                fetch(url.format("other.test"), resolve=here)
+    finally:
+        server.shutdown()
+        server.server_close()
