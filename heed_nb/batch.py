@@ -37,7 +37,9 @@ def check_can_train(
     teacher: str | None,  # that must be there already; None: the batch trains it first
 ) -> None:
     "Raises ValueError, naming all that is missing, if no run of a scale can train on this machine."
-    found = [f"its data {scale.data!r} is not built yet, only toyworld is"] * (scale.data != "toyworld")
+    found = []
+    if scale.corpus and not (root() / scale.corpus / "manifest.json").exists():
+        found.append(f"its data {scale.data!r} is not prepared; `make data SCALE={scale.name}` prepares it")
     if teacher is not None and (lacks := teacher_lacks(teacher)):
         found.append(lacks)
     if scale.gpu and not _gpu():

@@ -22,6 +22,7 @@ from heed_nb.parameters import (
     Name,
     Parameters,
     Seed,
+    Share,
     Some,
     Text,
     Whole,
@@ -32,8 +33,8 @@ from heed_nb.parameters import (
 )
 
 # %% auto #0
-__all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'Scale', 'post_settings', 'read_yaml', 'merged',
-           'load_scale']
+__all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'Preparation', 'Scale', 'post_settings',
+           'read_yaml', 'merged', 'load_scale']
 
 # %% ../nbs/61_scales.ipynb #s005
 _RUNS = ("token_budget", "seed", "density_cache", "gradient_cache")  # set by a run, or by a key of the scale
@@ -67,6 +68,17 @@ class Diagnosis(TypedDict, total=False):
     dtype: Literal[DTYPES]
 
 # %% ../nbs/61_scales.ipynb #s006
+class Preparation(TypedDict, total=False):
+    "Parameters of `nbs/runs/prepare.ipynb`."
+
+    samples: Count | None  # in all; nothing: as many as the paper
+    seed: Seed
+    also: tuple[Name, ...]  # mixtures of heed_nb.sources beside `data`
+    limits: dict[Name, Share]  # source -> largest share of unusable rows, over the registry's
+    copies: Text | None  # a folder of the repositories; nothing: the hub
+    workers: Whole
+
+
 @dataclass(frozen=True)
 class _Fields(Parameters):
     "What a scale's file holds, with its name."
@@ -84,7 +96,8 @@ class _Fields(Parameters):
     init: Literal[INITS] = "paper"  # start of the mixers' new parameters
     page_conditions: tuple[Name, ...] = ()  # that pages show beside `conditions`, of those they name; empty: all
     open_points: tuple[Name, ...] = ()  # choices of heed_nb/paper/open_points.csv to try, e.g. "init=mamba"
-    data: Literal["toyworld", "paper"] = "toyworld"  # documents that train, and tasks that evaluate
+    data: Text = "toyworld"  # documents that train: the toy world, a mixture of heed_nb.sources, or a folder with a /
+    prepare: Preparation = field(default_factory=dict)
     gpu: bool = False  # a machine without one is refused
     density_cache: bool = False  # density is computed once for all runs, and stored with four bits
     gradient_cache: bool = False  # the same for C5's sensitivities
@@ -102,6 +115,12 @@ class Scale(_Fields):
         super().__post_init__()
         object.__setattr__(self, "teachers", _all_teachers(self.teacher, self.teachers))
         _check(self)
+
+    @property
+    def corpus(self) -> str | None:
+        "The folder of the prepared data, relative to the repository; None for the toy world."
+        name = "own" if "/" in self.data else self.data
+        return None if self.data == "toyworld" else f"outputs/corpora/{self.name}/{name}"
 
     def settings(
         self,

@@ -178,7 +178,7 @@ def orientation(turn):
 PAGE = tiny.page(64, 48)
 UNUSABLE = {
     "truncated": (picture(0)[:500], "can't decode"),
-    "no image": (b"<html>gone</html>", "cannot identify"),
+    "no image": (b"<html>gone</html>", "format is not known"),
     "bomb": (file_of(Image.new("1", (8000, 8000)), "PNG"), "64000000 pixels"),
     "thin": (file_of(Image.new("RGB", (1, 10_000)), "PNG"), "200 times the other"),
     "large": (picture(0) + bytes(50_000), "40000"),
@@ -301,11 +301,11 @@ def test_a_killed_preparation_goes_on_to_the_same_corpus(processor, tmp_path, mo
     "By SIGKILL at any moment, with workers, which end too; uninterrupted and without workers it is the same corpus."
     monkeypatch.setattr(corpora, "CHUNK", 4)
     monkeypatch.setattr(corpora, "SHARD", 2)
-    rows = [dict(conversations=[f"Say {i}.", "" if i % 7 == 0 else f"{i}."]) for i in range(400)]
+    rows = [dict(conversations=[f"Say {i}.", "" if i % 7 == 0 else f"{i}."]) for i in range(200)]
     copies.write(tmp_path / "copies", "LIMA", rows)
-    copies.write(tmp_path / "copies", "ShareGPT-4o", n=20)
+    copies.write(tmp_path / "copies", "ShareGPT-4o", n=12)
     sources = {name: replace(SOURCES[name], limit=0.5) for name in ("LIMA", "ShareGPT-4o")}
-    wanted = {"LIMA": 250, "ShareGPT-4o": 20}
+    wanted = {"LIMA": 120, "ShareGPT-4o": 12}
     options = dict(copies=tmp_path / "copies", progress=False, sources=sources)
     whole = prepare(wanted, processor, tmp_path / "whole", HeldOut(), **options)
 
@@ -315,7 +315,7 @@ def test_a_killed_preparation_goes_on_to_the_same_corpus(processor, tmp_path, mo
         run = get_context("fork").Process(target=prepare, args=arguments, kwargs=options | dict(workers=2))
         run.start()
         written = lambda: len(list((tmp_path / "killed").glob("*/*.arrow")))
-        enough = written() + chance.randrange(1, 20)
+        enough = written() + chance.randrange(1, 10)
         while run.is_alive() and written() < enough:
             time.sleep(0.002)
         workers = psutil.Process(run.pid).children() if run.is_alive() else []
