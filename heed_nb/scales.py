@@ -33,8 +33,8 @@ from heed_nb.parameters import (
 )
 
 # %% auto #0
-__all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'Preparation', 'Scale', 'post_settings',
-           'read_yaml', 'merged', 'load_scale']
+__all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'Preparation', 'Scale', 'corpus_folder',
+           'post_settings', 'read_yaml', 'merged', 'load_scale']
 
 # %% ../nbs/61_scales.ipynb #s005
 _RUNS = ("token_budget", "seed", "density_cache", "gradient_cache")  # set by a run, or by a key of the scale
@@ -67,7 +67,7 @@ class Diagnosis(TypedDict, total=False):
     one_by_one_images: Whole
     dtype: Literal[DTYPES]
 
-# %% ../nbs/61_scales.ipynb #s006
+# %% ../nbs/61_scales.ipynb #s005p
 class Preparation(TypedDict, total=False):
     "Parameters of `nbs/runs/prepare.ipynb`."
 
@@ -78,7 +78,7 @@ class Preparation(TypedDict, total=False):
     copies: Text | None  # a folder of the repositories; nothing: the hub
     workers: Whole
 
-
+# %% ../nbs/61_scales.ipynb #s006
 @dataclass(frozen=True)
 class _Fields(Parameters):
     "What a scale's file holds, with its name."
@@ -116,12 +116,6 @@ class Scale(_Fields):
         object.__setattr__(self, "teachers", _all_teachers(self.teacher, self.teachers))
         _check(self)
 
-    @property
-    def corpus(self) -> str | None:
-        "The folder of the prepared data, relative to the repository; None for the toy world."
-        name = "own" if "/" in self.data else self.data
-        return None if self.data == "toyworld" else f"outputs/corpora/{self.name}/{name}"
-
     def settings(
         self,
         condition: str | None = None,  # None: of no cache
@@ -144,6 +138,12 @@ class Scale(_Fields):
         if (teacher := self.teacher if teacher is None else str(teacher)) not in self.teachers:
             raise ValueError(f"unknown teacher {teacher!r} of scale {self.name}; one of {', '.join(self.teachers)}")
         return teacher, None if teacher == self.teacher else PurePath(teacher).name
+
+# %% ../nbs/61_scales.ipynb #s006c
+def corpus_folder(scale: Scale) -> str | None:
+    "The folder of a scale's prepared data, relative to the repository; None for the toy world."
+    name = "own" if "/" in scale.data else scale.data
+    return None if scale.data == "toyworld" else f"outputs/corpora/{scale.name}/{name}"
 
 # %% ../nbs/61_scales.ipynb #g2s1
 def post_settings(scale: Scale, seed: int = 0) -> tuple[SFTSettings, DPOSettings] | None:
