@@ -220,7 +220,7 @@ class Source:
     def archive_patterns(self) -> tuple[str, ...]:
         return self.archives or tuple(f"{folder}.tar.gz*" for folder in self.folders)
 
-
+# %% ../nbs/41_sources.ipynb #s016b
 def read_sources(
     table: pd.DataFrame,  # with the fields of Source as columns, all of them text
 ) -> dict[str, Source]:  # by name
