@@ -172,6 +172,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'heed_nb.corpora.within_caps': ('corpora.html#within_caps', 'heed_nb/corpora.py'),
                                  'heed_nb.corpora.write_shard': ('corpora.html#write_shard', 'heed_nb/corpora.py')},
             'heed_nb.data': { 'heed_nb.data.Chat': ('data.html#chat', 'heed_nb/data.py'),
+                              'heed_nb.data._document': ('data.html#_document', 'heed_nb/data.py'),
                               'heed_nb.data._marked': ('data.html#_marked', 'heed_nb/data.py'),
                               'heed_nb.data._processed': ('data.html#_processed', 'heed_nb/data.py'),
                               'heed_nb.data._replaced': ('data.html#_replaced', 'heed_nb/data.py'),

@@ -5,6 +5,7 @@ import json
 import random
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -13,16 +14,16 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 
-import copies
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
-from copies import picture
 from PIL import Image
 
+import copies
+import tiny
+from copies import picture
 from heed_nb import corpora
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.corpora import Caps, benchmark_rows, load_corpus, prepare
@@ -102,16 +103,26 @@ def test_a_corpus_trains_a_student(corpus, processor, tmp_path):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_gives_rows_that_collate(name, corpus, processor):
+def test_every_source_gives_rows_as_long_as_collated(name, corpus, processor):
     rows, made = corpus(name)
     assert made["skipped"] == {} and len(rows) == made["taken"] == 3
-    assert len({str(texts(row)) for row in rows}) == 3  # other rows, not one three times
+    assert len({str(texts(row)) for row in rows}) == 3  # each row once
+    if name != "ScienceQA":  # some of its questions have no image
+        assert all(bool(row["images"]) == (SOURCES[name].images != "none") for row in rows)
     for row in rows:
-        shown = "images" if SOURCES[name].images != "none" and name != "ScienceQA" else "none"
-        assert bool(row["images"]) == (shown == "images") or name == "ScienceQA"
-        if row.get("text") is None and "messages" in row:
-            batch = collate([as_sample(row, 0)], processor)
-            assert int(batch["attention_mask"].sum()) == row["tokens"]
+        both = (
+            [row] if "messages" in row else [dict(row, messages=row["prompt"] + row[c]) for c in ("chosen", "rejected")]
+        )
+        lengths = [int(collate([as_sample(one, 0)], processor)["attention_mask"].sum()) for one in both]
+        assert row["tokens"] == max(lengths)
+
+
+def test_text_is_learned_without_a_template(corpus, processor):
+    rows, _ = corpus("FineWeb-Edu")
+    batch = collate([as_sample(row, 0) for row in rows], processor)
+    for row, ids, labels in zip(rows, batch["input_ids"], batch.labels):
+        assert processor.tokenizer.decode(ids[labels >= 0]) == row["text"]
+        assert (labels >= 0).sum() == row["tokens"]
 
 
 BAD = {  # source, a bad row beside its good ones, why it is skipped
@@ -421,3 +432,27 @@ def test_a_certificate_must_be_the_hosts(tmp_path):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.slow
+def test_a_users_images_train_from_make_data(copy_of_repository, tmp_path):
+    home, pages = copy_of_repository(tmp_path / "repository"), tmp_path / "pages"
+    pages.mkdir()
+    for i in range(20):
+        tiny.page(96, 96, i).save(pages / f"{i}.png")
+    rows = [dict(file_name=f"{i}.png", question=f"Which is {i}?", answer=f"{i}") for i in range(20)]
+    (pages / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scale = f"teacher: outputs/teachers/toy-qwen3vl\ndata: {pages}\ntoken_budget: 400\ntrain: {{batch_size: 2}}\n"
+    (home / "workflow/scales/mine.yaml").write_text(scale)
+
+    def run(name, **parameters):
+        code = f"from heed_nb.batch import run_notebook; run_notebook('nbs/runs/{name}.ipynb', {parameters})"
+        return subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
+
+    early = run("distill", scale="mine", condition="C4")
+    assert early.stderr.splitlines()[-1].endswith("is not prepared; `make data SCALE=mine` prepares it")
+    for name, parameters in (("prepare", {}), ("prepare", {}), ("distill", dict(condition="C4"))):
+        done = run(name, scale="mine", **parameters)
+        assert done.returncode == 0, done.stderr
+    (made,) = home.glob("outputs/mine/runs/*/distill.json")
+    assert json.loads(made.read_text())["numbers"]["tokens"] >= 400

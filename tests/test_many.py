@@ -62,7 +62,7 @@ def contents(folder):
         (dict(evaluate=1), "evaluate is 1; it takes True or False"),
         (
             dict(scale="paper"),
-            "scale paper can't train here: its data 'paper' is not prepared; `make data SCALE=paper` prepares it; teacher",
+            "scale paper can't train here: its data 'paper' is not prepared; `make data SCALE=paper` prepares it; ",
         ),
         (dict(minute=1), "unknown parameter 'minute' of nbs/runs/many.ipynb; allowed: scale"),
     ],
