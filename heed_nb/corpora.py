@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LEFT_OUT', 'FEATURES', 'CHUNK', 'SHARD', 'PAPER_SHARES', 'Unusable', 'counted_as', 'Caps', 'clean_text',
            'special_tokens', 'encoded', 'checked_image', 'visual_tokens', 'fitting', 'Images', 'conversations',
-           'measured', 'cut_text', 'shortened', 'within_caps', 'questions', 'cleaned', 'Preparation', 'write_shard',
-           'shard_notes', 'drawn_chunks', 'results', 'results_in_order', 'new_counts', 'add_counts', 'count_results',
-           'check_limit', 'prepare_source', 'corpus_manifest', 'source_images', 'benchmark_rows', 'prepare',
-           'load_corpus', 'check_source', 'check_sources']
+           'measured', 'cut_text', 'shortened', 'within_caps', 'questions', 'cleaned', 'check_part', 'Preparation',
+           'write_shard', 'shard_notes', 'drawn_chunks', 'results', 'results_in_order', 'new_counts', 'add_counts',
+           'count_results', 'check_limit', 'prepare_source', 'corpus_manifest', 'source_images', 'benchmark_rows',
+           'prepare', 'load_corpus', 'check_source', 'check_sources']
 
 # %% ../nbs/42_corpora.ipynb #k003
 import json
@@ -45,6 +45,9 @@ from .samples import as_sample, viewed
 from .sources import BENCHMARKS, SOURCES, HeldOut, Source, plain_row, repository, source_files, source_rows
 
 # %% ../nbs/42_corpora.ipynb #k010
+LEFT_OUT = ("in a benchmark", "in another part of the source")  # reasons that say nothing against a source
+
+
 class Unusable(ValueError):
     "A row that is skipped: the `reason` by which it is counted, and the detail."
 
@@ -256,10 +259,14 @@ def cleaned(row: dict, special: Sequence[str]) -> dict:
         return {"text": text}
     return {name: value if name == "images" else [message(given) for given in value] for name, value in row.items()}
 
+# %% ../nbs/42_corpora.ipynb #k022c
+def check_part(row: dict, source: Source) -> None:
+    "Raises Unusable on a training row whose images are in other folders than those that the source uses."
+    firsts = {PurePosixPath(image["member"]).parts[0] for image in row.get("images", ()) if "member" in image}
+    if source.folders and not (firsts and firsts <= set(source.folders)):
+        raise Unusable(LEFT_OUT[1], f"its images are in {', '.join(firsts) or 'no folder'}")
+
 # %% ../nbs/42_corpora.ipynb #k023
-LEFT_OUT = ("in a benchmark", "in another part of the source")  # reasons that say nothing against a source
-
-
 @dataclass(frozen=True)
 class Preparation:
     "How rows of a source become rows of a corpus. Its functions raise Unusable."
@@ -277,9 +284,7 @@ class Preparation:
         "The row in the form of its reader, with clean texts."
         with counted_as("unreadable row"):
             row = self.source.reader(plain_row(item))
-            firsts = {PurePosixPath(image["member"]).parts[0] for image in row.get("images", ()) if "member" in image}
-        if self.source.folders and not (firsts and firsts <= set(self.source.folders)):
-            raise Unusable(LEFT_OUT[1], f"its images are in {', '.join(firsts) or 'no folder'}")
+            check_part(row, self.source)
         with counted_as("unusable text"):
             return cleaned(row, special_tokens(self.processor))
 

@@ -316,7 +316,7 @@ def _json_lines(files):
             else:
                 yield from _lines(stream)
 
-
+# %% ../nbs/41_sources.ipynb #s021b
 def source_rows(
     files: Sequence[str],  # all Parquet or all JSON
 ) -> IterableDataset:
