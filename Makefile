@@ -17,11 +17,17 @@ override SCALE := $(strip $(SCALE))
 export PY SCALE
 
 .DELETE_ON_ERROR:
-.PHONY: help tables all many teachers publish test check format docs readme clean clean-runs
+.PHONY: help data data-check tables all many teachers publish test check format docs readme clean clean-runs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 	@echo "  variables: SCALE=$(SCALE) (of $(SCALES)), CONDITIONS=C1,C4, SEEDS=0,1,2, PY=$$PY, MINUTES=9 and EVALUATE=false for many, ARGS for pytest"
+
+data: .venv/ok ## prepare the training data of a scale that names sources or a folder of yours (resumes)
+	$(CALL) 'run_notebook("nbs/runs/prepare.ipynb", dict(scale=os.environ["SCALE"]))'
+
+data-check: .venv/ok ## ask the hub for the files, columns and first rows of every source
+	$(CALL) 'from heed_nb.corpora import check_sources; check_sources(load_scale(os.environ["SCALE"]).prepare.get("copies"))'
 
 tables: .venv/ok ## measure Table 1 and write the tables that need no training, under outputs/SCALE
 	$(BATCH) tables

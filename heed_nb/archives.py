@@ -98,6 +98,17 @@ def unpack(
     return refused
 
 # %% ../nbs/96_archives.ipynb #a011
+def _opened(parts, folder, most_bytes):
+    "A zip, or the folder of an unpacked tar, and the names of its members."
+    if not folder.suffix == ".zip":
+        with locked(folder.parent, wait=True):
+            if not folder.exists():
+                unpack(parts, folder, most_bytes)
+        return folder, [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    archive = zipfile.ZipFile(io.BufferedReader(Joined(parts)))
+    return archive, archive.namelist()
+
+# %% ../nbs/96_archives.ipynb #a011b
 class Archives:
     "The members of archives, by the end of their names."
 
@@ -109,15 +120,7 @@ class Archives:
     ):
         self.most_bytes, self.members = most_bytes, defaultdict(list)  # a file name -> (zip or folder, whole name)
         for name, parts in whole_archives(paths).items():
-            if name.endswith(".zip"):
-                place = zipfile.ZipFile(io.BufferedReader(Joined(parts)))
-                found = place.namelist()
-            else:
-                place = Path(folder, name)
-                with locked(folder, wait=True):
-                    if not place.exists():
-                        unpack(parts, place, most_bytes)
-                found = [str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()]
+            place, found = _opened(parts, Path(folder, name), most_bytes)
             for member in found:
                 self.members[PurePosixPath(member).name].append((place, member))
 

@@ -23,7 +23,7 @@ from .conditions import SPEED_ONLY
 from .files import locked, root, write_file
 from .pages import PAGES, Run, RunPlan, choices, teacher_lacks
 from .runs import notebook_parameters, publish, read_run
-from .scales import Scale, load_scale, post_settings
+from .scales import Scale, corpus_folder, load_scale, post_settings
 
 # %% ../nbs/68_batch.ipynb #c031
 def _gpu():
@@ -37,7 +37,10 @@ def check_can_train(
     teacher: str | None,  # that must be there already; None: the batch trains it first
 ) -> None:
     "Raises ValueError, naming all that is missing, if no run of a scale can train on this machine."
-    found = [f"its data {scale.data!r} is not built yet, only toyworld is"] * (scale.data != "toyworld")
+    found = []
+    corpus = corpus_folder(scale)
+    if corpus and not (root() / corpus / "manifest.json").exists():
+        found.append(f"its data {scale.data!r} is not prepared; `make data SCALE={scale.name}` prepares it")
     if teacher is not None and (lacks := teacher_lacks(teacher)):
         found.append(lacks)
     if scale.gpu and not _gpu():

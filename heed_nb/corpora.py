@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LEFT_OUT', 'FEATURES', 'CHUNK', 'SHARD', 'PAPER_SHARES', 'Unusable', 'counted_as', 'Caps', 'clean_text',
            'special_tokens', 'encoded', 'checked_image', 'visual_tokens', 'fitting', 'Images', 'conversations',
-           'measured', 'cut_text', 'shortened', 'within_caps', 'questions', 'cleaned', 'Preparation', 'write_shard',
-           'shard_notes', 'drawn_chunks', 'results', 'results_in_order', 'new_counts', 'add_counts', 'count_results',
-           'check_limit', 'prepare_source', 'corpus_manifest', 'source_images', 'benchmark_rows', 'prepare',
-           'load_corpus']
+           'measured', 'cut_text', 'shortened', 'within_caps', 'questions', 'cleaned', 'check_part', 'Preparation',
+           'write_shard', 'shard_notes', 'drawn_chunks', 'results', 'results_in_order', 'new_counts', 'add_counts',
+           'count_results', 'check_limit', 'prepare_source', 'corpus_manifest', 'source_images', 'benchmark_rows',
+           'prepare', 'load_corpus', 'check_source', 'check_sources']
 
 # %% ../nbs/42_corpora.ipynb #k003
 import json
@@ -45,6 +45,9 @@ from .samples import as_sample, viewed
 from .sources import BENCHMARKS, SOURCES, HeldOut, Source, plain_row, repository, source_files, source_rows
 
 # %% ../nbs/42_corpora.ipynb #k010
+LEFT_OUT = ("in a benchmark", "in another part of the source")  # reasons that say nothing against a source
+
+
 class Unusable(ValueError):
     "A row that is skipped: the `reason` by which it is counted, and the detail."
 
@@ -116,8 +119,11 @@ def checked_image(
     "An image whose header was read before its pixels. Raises ValueError on one that is too large or damaged."
     if len(data) > caps.bytes:
         raise ValueError(f"its file has {len(data)} bytes, the cap is {caps.bytes}")
-    with warnings.catch_warnings(action="ignore"), PILImage.open(BytesIO(data)) as head:
-        kind, frames, pixels = head.format, getattr(head, "n_frames", 1), head.width * head.height
+    try:
+        with warnings.catch_warnings(action="ignore"), PILImage.open(BytesIO(data)) as head:
+            kind, frames, pixels = head.format, getattr(head, "n_frames", 1), head.width * head.height
+    except PILImage.UnidentifiedImageError:
+        raise ValueError("its format is not known") from None
     if pixels > caps.pixels:
         raise ValueError(f"it has {pixels} pixels, the cap is {caps.pixels}")
     image = viewed(data)
@@ -253,10 +259,14 @@ def cleaned(row: dict, special: Sequence[str]) -> dict:
         return {"text": text}
     return {name: value if name == "images" else [message(given) for given in value] for name, value in row.items()}
 
+# %% ../nbs/42_corpora.ipynb #k022c
+def check_part(row: dict, source: Source) -> None:
+    "Raises Unusable on a training row whose images are in other folders than those that the source uses."
+    firsts = {PurePosixPath(image["member"]).parts[0] for image in row.get("images", ()) if "member" in image}
+    if source.folders and not (firsts and firsts <= set(source.folders)):
+        raise Unusable(LEFT_OUT[1], f"its images are in {', '.join(firsts) or 'no folder'}")
+
 # %% ../nbs/42_corpora.ipynb #k023
-LEFT_OUT = ("in a benchmark", "in another part of the source")  # reasons that say nothing against a source
-
-
 @dataclass(frozen=True)
 class Preparation:
     "How rows of a source become rows of a corpus. Its functions raise Unusable."
@@ -274,9 +284,7 @@ class Preparation:
         "The row in the form of its reader, with clean texts."
         with counted_as("unreadable row"):
             row = self.source.reader(plain_row(item))
-            firsts = {PurePosixPath(image["member"]).parts[0] for image in row.get("images", ()) if "member" in image}
-        if self.source.folders and not (firsts and firsts <= set(self.source.folders)):
-            raise Unusable(LEFT_OUT[1], f"its images are in {', '.join(firsts) or 'no folder'}")
+            check_part(row, self.source)
         with counted_as("unusable text"):
             return cleaned(row, special_tokens(self.processor))
 
@@ -340,7 +348,7 @@ def drawn_chunks(
     share: float,  # of the rows, drawn in the first pass
     seed: int,
     state: dict | None = None,  # of the last chunk before
-) -> Iterator[tuple[list, dict]]:  # items of `source_rows`, and the state after them
+) -> Iterator[tuple[list, dict]]:  # numbers and items of `source_rows`, the state after them
     "The rows that a seed draws, in chunks, until each is drawn once."
     state = state or {"low": 0.0, "high": share, "seen": 0, "rows": None}
     while state["low"] < 1:
@@ -349,7 +357,7 @@ def drawn_chunks(
             items.load_state_dict(state["rows"])
         for seen, item in enumerate(items, state["seen"] + 1):
             if state["low"] <= random.Random(f"{seed} {seen}").random() < state["high"]:
-                drawn.append(item.take([0]) if isinstance(item, pa.Table) else item)  # a copy without its row group
+                drawn.append((seen, item.take([0]) if isinstance(item, pa.Table) else item))  # without its row group
             if len(drawn) == CHUNK:
                 yield drawn, state | {"seen": seen, "rows": items.state_dict()}
                 drawn = []
@@ -359,25 +367,26 @@ def drawn_chunks(
 
 # %% ../nbs/42_corpora.ipynb #k030
 def _attempt(function, *arguments):
-    "The function's result, or the reason and the detail why there is none."
+    "The function's result, or the Unusable that it raises."
     try:
         return function(*arguments)
     except Unusable as error:
-        return error.reason, error.detail
+        return error
 
 
 def results(
     preparation: Preparation,
-    items: list,  # of `source_rows`
+    items: list,  # of `drawn_chunks`
 ) -> list[dict | tuple[str, str]]:
-    "Each row prepared, or the reason and the detail; their images are brought together."
-    read = [_attempt(preparation.read, item) for item in items]
+    "Each row prepared, or the reason and the detail why it is not. The images of all are brought together."
+    read = [_attempt(preparation.read, item) for _, item in items]
     wanted = [row.get("images", []) if isinstance(row, dict) else [] for row in read]
-    brought = iter(preparation.images([image for images in wanted for image in images]))
-    return [
-        _attempt(preparation.prepare, row, list(islice(brought, len(images)))) if isinstance(row, dict) else row
-        for row, images in zip(read, wanted)
-    ]
+    brought, found = iter(preparation.images([image for images in wanted for image in images])), []
+    for (number, _), row, images in zip(items, read, wanted):
+        if isinstance(row, dict):
+            row = _attempt(preparation.prepare, row, list(islice(brought, len(images))))
+        found.append(row if isinstance(row, dict) else (row.reason, f"row {number}: {row.detail}"))
+    return found
 
 # %% ../nbs/42_corpora.ipynb #k030b
 def _begin(preparation):
@@ -551,7 +560,9 @@ def _stored_plan(folder, plan, copies, sources):
         if other := [name for name in plan if stored[name] != plan[name]]:
             raise ValueError(f"{folder} was begun with another {other[0]}; remove it or choose another folder")
         return stored
-    revision = lambda source: None if copies is not None else HfApi().dataset_info(source.repository).sha
+    revision = lambda source: (
+        None if copies is not None or not source.files else HfApi().dataset_info(source.repository).sha
+    )
     plan |= {"revisions": {name: revision(sources[name]) for name in plan["wanted"]}}
     write_file(path, json.dumps(plan, indent=1))
     return plan
@@ -670,3 +681,42 @@ def load_corpus(folder: str | Path) -> Dataset:
     rows = concatenate_datasets(parts)
     unused = ["prompt", "chosen", "rejected"] if rows[0]["prompt"] is None else ["messages", "text"]
     return rows.remove_columns(unused)
+
+# %% ../nbs/42_corpora.ipynb #k046
+def _readable(source, item):
+    with counted_as("unreadable row"):
+        source.reader(plain_row(item))
+
+
+def check_source(
+    source: Source,
+    copies: str | Path | None = None,  # a folder of repositories; None: the hub
+    first: int = 8,  # rows that are read
+) -> list[str]:
+    "What a source's repository holds beside what the registry says."
+    said = []
+    try:
+        files = source_files(root := repository(source, copies), source.files)
+        said.append(f"{len(files)} files")
+        items = list(islice(source_rows(files), first))
+        _check_columns(source, items[0])
+        said.append("columns as expected")
+        if source.read:
+            failures = [found for item in items if (found := _attempt(_readable, source, item))]
+            said.append(f"{len(items) - len(failures)} of {len(items)} rows are read")
+            said += [f"first failure: {failures[0].detail}"] * bool(failures)
+        if source.archive_patterns:
+            said.append(f"{len(source_files(root, source.archive_patterns))} archives or parts")
+    except Exception as error:  # the hub and its files can raise any
+        said.append(f"FAILS: {' '.join(str(error).split())[:300] or type(error).__name__}")
+    return said + [f"unverified: {source.unverified}"] * bool(source.unverified) + ["needs a token"] * source.gated
+
+# %% ../nbs/42_corpora.ipynb #k047
+def check_sources(
+    copies: str | Path | None = None,  # a folder of repositories; None: the hub
+) -> None:
+    "Prints `check_source` of every source and benchmark, a line each."
+    for source in SOURCES.values():
+        print(f"{source.name}: {'; '.join(check_source(source, copies))}", flush=True)
+    for source in BENCHMARKS.values():
+        print(f"{source.name}, held out: {'; '.join(check_source(source, copies))}", flush=True)

@@ -165,10 +165,22 @@ class Chat:
     unlabelled: str  # why it has no label; empty if it has one
 
 # %% ../nbs/40_data.ipynb #c009b
+def _document(sample, processor):
+    "A document for the processor. Raises ValueError on a text that holds the image token."
+    if not isinstance(sample.text, str):
+        raise ValueError(f"its text is a {type(sample.text).__name__}, not a string")
+    if processor.image_token in sample.text:
+        raise ValueError(f"its text holds the image token {processor.image_token!r}")
+    unlabelled = "" if sample.text.strip() else "its text is empty, so it has no label"
+    return Chat(sample.key, [], sample.text, [(0, len(sample.text))], unlabelled)
+
+
 def chat_of(sample: Sample, processor) -> Chat:
     "The sample for the processor. Raises BadSample on an image or a conversation that can't be used."
     limit = getattr(processor, "aspect_limit", math.inf)  # a stock processor has none
     try:
+        if sample.text is not None:
+            return _document(sample, processor)
         images = viewed_images(sample.images) or []
         for i, image in enumerate(images):
             if max(image.size) > limit * min(image.size):

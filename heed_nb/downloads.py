@@ -126,14 +126,17 @@ def _request(url, limits, resolve):
         exchange.http.request("GET", path, headers=_HEADERS)
         response = exchange.http.getresponse()
         if response.status in (301, 302, 303, 307, 308):
-            return response.status, urljoin(url, response.headers.get("Location", ""))
-        return response.status, _whole(response, limits) if response.status == 200 else b""
+            found = urljoin(url, response.headers.get("Location", ""))
+        else:
+            found = _whole(response, limits) if response.status == 200 else b""
     except (OSError, http.client.HTTPException):
-        if exchange.over:
-            raise TimeoutError(f"it takes more than {limits.seconds:g} seconds") from None
-        raise
+        if not exchange.over:
+            raise
     finally:
         exchange.close()
+    if exchange.over:  # an answer that was shut can look whole
+        raise TimeoutError(f"it takes more than {limits.seconds:g} seconds")
+    return response.status, found
 
 # %% ../nbs/95_downloads.ipynb #d012
 def _once(url, limits, resolve):

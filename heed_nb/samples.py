@@ -204,6 +204,7 @@ class Sample:
     images: list  # in order, each anything that `viewed` takes; none for a text-only sample
     turns: list[tuple[str, str]] = ()  # (question, answer), asked in turn, all images before the first
     chat: list[dict] | None = None  # messages in the place of turns
+    text: str | None = None  # a document without conversation and images, all of which is learned
 
     def messages(self) -> list[dict]:  # in the chat-template format of transformers, without the images themselves
         "The conversation; the content of each message is a list of typed entries."
@@ -283,17 +284,18 @@ def _placed(read, images):
 # %% ../nbs/93_samples.ipynb #c0d20
 DATA_SET = (
     "a data set is a list, a `datasets.Dataset` or another object read by index, of `Sample`s "
-    "or of rows with `messages` and, where they show some, `images`"
+    "or of rows with `messages` and, where they show some, `images`, or with `text`"
 )
 
 
 def _is_row(row):
-    "Whether a dictionary has the columns of a conversation."
-    return row.get("messages") is not None or (row.get("prompt") is not None and row.get("completion") is not None)
+    "Whether a dictionary has the columns of a conversation or of a text."
+    paired = row.get("prompt") is not None and row.get("completion") is not None
+    return paired or any(row.get(name) is not None for name in ("messages", "text"))
 
 # %% ../nbs/93_samples.ipynb #c0d20b
 def as_sample(
-    row,  # a `Sample`, or a dictionary with `messages`, or `prompt` and `completion`, and with `images` or `image`
+    row,  # a `Sample`, or a dictionary with `messages` or `prompt` and `completion`, and `images` or `image`; or `text`
     key,  # for a row with neither a `key` nor an `id`
 ) -> Sample:
     "The row as a sample. Raises ValueError on other columns, BadSample on a conversation that can't be read."
@@ -302,6 +304,8 @@ def as_sample(
     if not _is_row(row):
         raise ValueError(f"a row has the columns {', '.join(map(str, row)) or 'none'}; {DATA_SET}")
     key = next((str(row[name]) for name in ("key", "id") if row.get(name) is not None), str(key))
+    if row.get("messages") is None and row.get("prompt") is None:
+        return Sample(key, [], text=row["text"])
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
     try:

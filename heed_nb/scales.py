@@ -22,6 +22,7 @@ from heed_nb.parameters import (
     Name,
     Parameters,
     Seed,
+    Share,
     Some,
     Text,
     Whole,
@@ -32,8 +33,8 @@ from heed_nb.parameters import (
 )
 
 # %% auto #0
-__all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'Scale', 'post_settings', 'read_yaml', 'merged',
-           'load_scale']
+__all__ = ['Training', 'Finetuning', 'Preference', 'Evaluation', 'Diagnosis', 'Preparation', 'Scale', 'corpus_folder',
+           'post_settings', 'read_yaml', 'merged', 'load_scale']
 
 # %% ../nbs/61_scales.ipynb #s005
 _RUNS = ("token_budget", "seed", "density_cache", "gradient_cache")  # set by a run, or by a key of the scale
@@ -66,6 +67,17 @@ class Diagnosis(TypedDict, total=False):
     one_by_one_images: Whole
     dtype: Literal[DTYPES]
 
+# %% ../nbs/61_scales.ipynb #s005p
+class Preparation(TypedDict, total=False):
+    "Parameters of `nbs/runs/prepare.ipynb`."
+
+    samples: Count | None  # in all; nothing: as many as the paper
+    seed: Seed
+    also: tuple[Name, ...]  # mixtures of heed_nb.sources beside `data`
+    limits: dict[Name, Share]  # source -> largest share of unusable rows, over the registry's
+    copies: Text | None  # a folder of the repositories; nothing: the hub
+    workers: Whole
+
 # %% ../nbs/61_scales.ipynb #s006
 @dataclass(frozen=True)
 class _Fields(Parameters):
@@ -84,7 +96,8 @@ class _Fields(Parameters):
     init: Literal[INITS] = "paper"  # start of the mixers' new parameters
     page_conditions: tuple[Name, ...] = ()  # that pages show beside `conditions`, of those they name; empty: all
     open_points: tuple[Name, ...] = ()  # choices of heed_nb/paper/open_points.csv to try, e.g. "init=mamba"
-    data: Literal["toyworld", "paper"] = "toyworld"  # documents that train, and tasks that evaluate
+    data: Text = "toyworld"  # documents that train: the toy world, a mixture of heed_nb.sources, or a folder with a /
+    prepare: Preparation = field(default_factory=dict)
     gpu: bool = False  # a machine without one is refused
     density_cache: bool = False  # density is computed once for all runs, and stored with four bits
     gradient_cache: bool = False  # the same for C5's sensitivities
@@ -125,6 +138,12 @@ class Scale(_Fields):
         if (teacher := self.teacher if teacher is None else str(teacher)) not in self.teachers:
             raise ValueError(f"unknown teacher {teacher!r} of scale {self.name}; one of {', '.join(self.teachers)}")
         return teacher, None if teacher == self.teacher else PurePath(teacher).name
+
+# %% ../nbs/61_scales.ipynb #s006c
+def corpus_folder(scale: Scale) -> str | None:
+    "The folder of a scale's prepared data, relative to the repository; None for the toy world."
+    name = "own" if "/" in scale.data else scale.data
+    return None if scale.data == "toyworld" else f"outputs/corpora/{scale.name}/{name}"
 
 # %% ../nbs/61_scales.ipynb #g2s1
 def post_settings(scale: Scale, seed: int = 0) -> tuple[SFTSettings, DPOSettings] | None:

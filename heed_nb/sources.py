@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PLACE', 'SHORT', 'CAPTION', 'READ_ALOUD', 'READERS', 'SOURCES', 'TABLE_12', 'MIXTURES', 'BENCHMARKS', 'NEAR',
-           'LONG', 'conversation', 'Source', 'read_sources', 'repository', 'source_files', 'source_rows', 'plain_row',
-           'mixture', 'pixel_hash', 'difference_hash', 'question_hashes', 'HeldOut']
+           'LONG', 'conversation', 'Source', 'read_sources', 'own_source', 'own_rows', 'repository', 'source_files',
+           'source_rows', 'plain_row', 'mixture', 'pixel_hash', 'difference_hash', 'question_hashes', 'HeldOut']
 
 # %% ../nbs/41_sources.ipynb #s003
 import io
@@ -23,8 +23,10 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from PIL import Image
+
+from .samples import as_sample
 
 # %% ../nbs/41_sources.ipynb #s006
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -124,6 +126,19 @@ def _messages(row):
 def _alternating(row):
     return conversation(list(zip(("user", "assistant") * len(row["conversations"]), row["conversations"])))
 
+# %% ../nbs/41_sources.ipynb #s010b
+def _own(row):
+    "A row of `datasets`: with messages, prompt and completion, or question and answer; with image or images."
+    images = row.get("images") if row.get("images") is not None else row.get("image")
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    images = [{"path": image} if isinstance(image, str) else image for image in images]
+    images = [{"bytes": image.get("bytes") or Path(image["path"]).read_bytes()} for image in images]
+    if row.get("question") is not None and row.get("answer") is not None:
+        return conversation([("user", str(row["question"])), ("assistant", str(row["answer"]))], images)
+    messages = as_sample(row | {"images": images, "image": None}, "row").messages()
+    filled = [m | {"content": [{"type": e["type"], "text": e.get("text")} for e in m["content"]]} for m in messages]
+    return {"images": images, "messages": filled}
+
 # %% ../nbs/41_sources.ipynb #s012
 def _pair(
     question: str, chosen: str, rejected: str, images: list[dict] = ()
@@ -167,6 +182,7 @@ READERS = {
     "llava": _llava,
     "messages": _messages,
     "mmpr": _mmpr,
+    "own": _own,
     "page_text": _page_text,
     "rlhf_v": _rlhf_v,
     "science": _science,
@@ -204,7 +220,7 @@ class Source:
     def archive_patterns(self) -> tuple[str, ...]:
         return self.archives or tuple(f"{folder}.tar.gz*" for folder in self.folders)
 
-
+# %% ../nbs/41_sources.ipynb #s016b
 def read_sources(
     table: pd.DataFrame,  # with the fields of Source as columns, all of them text
 ) -> dict[str, Source]:  # by name
@@ -221,6 +237,28 @@ def _table(name):
 
 SOURCES = _table("sources.csv")
 
+# %% ../nbs/41_sources.ipynb #s019a
+def own_source(
+    folder: str | Path,  # of `save_to_disk`, or what `load_dataset` reads
+    limit: float = 0.0,
+) -> Source:
+    "A data set of your own. Raises ValueError if it can't be read."
+    rows = own_rows(folder)
+    return Source("own", str(folder), (), (), "embedded", "own", "", len(rows), limit)
+
+
+def own_rows(folder: str | Path) -> Dataset:
+    "Rows of a folder. Raises a one-line ValueError if it can't be read."
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    try:
+        if (folder / "dataset_info.json").exists():
+            return load_from_disk(str(folder))
+        return load_dataset(str(folder), split="train")
+    except Exception as error:  # of the files' formats
+        raise ValueError(f"{folder} is no data set: {' '.join(str(error.__cause__ or error).split())[:300]}") from None
+
 # %% ../nbs/41_sources.ipynb #s020
 def repository(
     source: Source,
@@ -228,8 +266,8 @@ def repository(
     revision: str | None = None,  # of the hub's
 ) -> str:
     "The root of a source's repository, as `fsspec` reads it."
-    if copies is not None:
-        return str(Path(copies) / source.repository)
+    if copies is not None or not source.files:  # a folder of your own
+        return str(Path(copies or "", source.repository))
     return f"hf://datasets/{source.repository}" + (f"@{revision}" if revision else "")
 
 
@@ -237,7 +275,9 @@ def source_files(
     root: str,  # of `repository`
     patterns: Sequence[str],
 ) -> list[str]:
-    "Files of a repository, in order. Raises ValueError if a pattern matches none."
+    "Files of a repository, in order; a folder without patterns itself. Raises ValueError if a pattern matches none."
+    if not patterns:
+        return [root]
     system, path = fsspec.core.url_to_fs(root)
     found = []
     for pattern in patterns:
@@ -276,11 +316,13 @@ def _json_lines(files):
             else:
                 yield from _lines(stream)
 
-
+# %% ../nbs/41_sources.ipynb #s021b
 def source_rows(
     files: Sequence[str],  # all Parquet or all JSON
 ) -> IterableDataset:
     "Rows of Parquet as Arrow tables of one row, or lines of JSON as bytes, in order; its `state_dict` resumes."
+    if Path(files[0]).is_dir():
+        return own_rows(files[0]).to_iterable_dataset().decode(False).with_format("arrow")
     if not files[0].endswith(".parquet"):
         return IterableDataset.from_generator(_json_lines, gen_kwargs={"files": list(files)})
     return (

@@ -1,12 +1,21 @@
 "Corpora from every source's schema: prepared, read, trained on; bad rows, kills and limits."
 
 import io
+import json
+import random
+import ssl
+import subprocess
+import sys
 import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,10 +24,11 @@ from PIL import Image
 import copies
 import tiny
 from copies import picture
+from heed_nb import corpora
 from heed_nb.conditions import CONDITIONS, TrainSettings
 from heed_nb.corpora import Caps, benchmark_rows, load_corpus, prepare
 from heed_nb.data import collate
-from heed_nb.downloads import public_addresses
+from heed_nb.downloads import Limits, Refused, fetch, public_addresses
 from heed_nb.hybrid import to_hybrid
 from heed_nb.samples import as_sample, viewed
 from heed_nb.sources import BENCHMARKS, SOURCES, HeldOut
@@ -93,16 +103,26 @@ def test_a_corpus_trains_a_student(corpus, processor, tmp_path):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_gives_rows_that_collate(name, corpus, processor):
+def test_every_source_gives_rows_as_long_as_collated(name, corpus, processor):
     rows, made = corpus(name)
     assert made["skipped"] == {} and len(rows) == made["taken"] == 3
-    assert len({str(texts(row)) for row in rows}) == 3  # other rows, not one three times
+    assert len({str(texts(row)) for row in rows}) == 3  # each row once
+    if name != "ScienceQA":  # some of its questions have no image
+        assert all(bool(row["images"]) == (SOURCES[name].images != "none") for row in rows)
     for row in rows:
-        shown = "images" if SOURCES[name].images != "none" and name != "ScienceQA" else "none"
-        assert bool(row["images"]) == (shown == "images") or name == "ScienceQA"
-        if row.get("text") is None and "messages" in row:
-            batch = collate([as_sample(row, 0)], processor)
-            assert int(batch["attention_mask"].sum()) == row["tokens"]
+        both = (
+            [row] if "messages" in row else [dict(row, messages=row["prompt"] + row[c]) for c in ("chosen", "rejected")]
+        )
+        lengths = [int(collate([as_sample(one, 0)], processor)["attention_mask"].sum()) for one in both]
+        assert row["tokens"] == max(lengths)
+
+
+def test_text_is_learned_without_a_template(corpus, processor):
+    rows, _ = corpus("FineWeb-Edu")
+    batch = collate([as_sample(row, 0) for row in rows], processor)
+    for row, ids, labels in zip(rows, batch["input_ids"], batch.labels):
+        assert processor.tokenizer.decode(ids[labels >= 0]) == row["text"]
+        assert (labels >= 0).sum() == row["tokens"]
 
 
 BAD = {  # source, a bad row beside its good ones, why it is skipped
@@ -169,7 +189,7 @@ def orientation(turn):
 PAGE = tiny.page(64, 48)
 UNUSABLE = {
     "truncated": (picture(0)[:500], "can't decode"),
-    "no image": (b"<html>gone</html>", "cannot identify"),
+    "no image": (b"<html>gone</html>", "format is not known"),
     "bomb": (file_of(Image.new("1", (8000, 8000)), "PNG"), "64000000 pixels"),
     "thin": (file_of(Image.new("RGB", (1, 10_000)), "PNG"), "200 times the other"),
     "large": (picture(0) + bytes(50_000), "40000"),
@@ -286,3 +306,153 @@ def test_a_corpus_that_is_not_whole_is_refused(corpus, tmp_path):
         corpus("LIMA", 5)
     with pytest.raises(ValueError, match="no whole corpus; `make data` prepares it"):
         load_corpus(tmp_path / "corpus")
+
+
+def test_a_killed_preparation_goes_on_to_the_same_corpus(processor, tmp_path, monkeypatch):
+    "By SIGKILL at any moment, with workers, which end too; uninterrupted and without workers it is the same corpus."
+    monkeypatch.setattr(corpora, "CHUNK", 4)
+    monkeypatch.setattr(corpora, "SHARD", 2)
+    rows = [dict(conversations=[f"Say {i}.", "" if i % 7 == 0 else f"{i}."]) for i in range(200)]
+    copies.write(tmp_path / "copies", "LIMA", rows)
+    copies.write(tmp_path / "copies", "ShareGPT-4o", n=12)
+    sources = {name: replace(SOURCES[name], limit=0.5) for name in ("LIMA", "ShareGPT-4o")}
+    wanted = {"LIMA": 120, "ShareGPT-4o": 12}
+    options = dict(copies=tmp_path / "copies", progress=False, sources=sources)
+    whole = prepare(wanted, processor, tmp_path / "whole", HeldOut(), **options)
+
+    chance, kills = random.Random(0), 0
+    arguments = (wanted, processor, tmp_path / "killed", HeldOut())
+    while not (tmp_path / "killed/manifest.json").exists():
+        run = get_context("fork").Process(target=prepare, args=arguments, kwargs=options | dict(workers=2))
+        run.start()
+        written = lambda: len(list((tmp_path / "killed").glob("*/*.arrow")))
+        enough = written() + chance.randrange(1, 10)
+        while run.is_alive() and written() < enough:
+            time.sleep(0.002)
+        workers = psutil.Process(run.pid).children() if run.is_alive() else []
+        kills += run.is_alive()
+        run.kill()
+        run.join()
+        assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert kills >= 2
+    made = json.loads((tmp_path / "killed/manifest.json").read_text())
+    for counts in (*whole["sources"].values(), *made["sources"].values()):
+        counts.pop("seconds")
+    assert made == json.loads(json.dumps(whole))
+    assert list(load_corpus(tmp_path / "killed")) == list(load_corpus(tmp_path / "whole"))
+
+
+def test_a_seed_draws_its_own_rows(corpus, processor, tmp_path):
+    copies.write(tmp_path / "copies", "LIMA", n=300)
+    sources = {"LIMA": replace(SOURCES["LIMA"], rows=300)}
+    options = dict(copies=tmp_path / "copies", progress=False, sources=sources)
+    drawn = []
+    for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
+        prepare({"LIMA": 100}, processor, tmp_path / folder, HeldOut(), seed=seed, **options)
+        drawn.append({str(texts(row)) for row in load_corpus(tmp_path / folder)})
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 100 and 15 < len(drawn[0] & drawn[2]) < 55
+
+
+@pytest.fixture(scope="module")
+def slow_web():
+    "A server that sends a header or a byte at a time, fails before it answers, or says too little."
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/")
+            asked.append(name)
+            if name == "headers":
+                self.connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            elif name == "busy" and asked.count("busy") < 3:
+                return self.send_error(503)
+            else:
+                self.send_response(200)
+                self.send_header("Content-Length", "9" if name == "short" else "1000" if name == "drip" else "2")
+                self.end_headers()
+                self.wfile.write(b"ok")
+            with suppress(OSError):
+                for _ in range(60 if name in ("drip", "headers") else 0):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://images.test:{server.server_port}/", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("drip", TimeoutError, "more than 0.4 seconds"),
+        ("headers", TimeoutError, "0.4"),
+        ("short", OSError, "2 of 9 bytes"),
+    ],
+)
+def test_a_slow_or_short_answer_ends(name, error, message, slow_web):
+    site, asked = slow_web
+    began = time.monotonic()
+    with pytest.raises(error, match=message):
+        fetch(site + name, Limits(seconds=0.4, tries=1), as_declared(0))
+    assert time.monotonic() - began < 2 and asked.count(name) == 1
+
+
+def test_a_busy_server_is_asked_again(slow_web):
+    site, asked = slow_web
+    assert fetch(site + "busy", resolve=as_declared(0)) == b"ok" and asked.count("busy") == 3
+
+
+def test_a_certificate_must_be_the_hosts(tmp_path):
+    "The connection goes to an address, the certificate is checked against the name."
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=images.test"
+    subprocess.run(
+        [*command.split(), "-addext", "subjectAltName=DNS:images.test"], cwd=tmp_path, check=True, capture_output=True
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here, url = lambda host, port: ["127.0.0.1"], f"https://{{}}:{server.server_port}/no-such-file"
+    try:
+        with pytest.raises(Refused, match="certificate is not valid"):
+            fetch(url.format("images.test"), resolve=here)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+            with pytest.raises(Refused, match="HTTP 404"):
+                fetch(url.format("images.test"), resolve=here)
+            with pytest.raises(Refused, match="certificate is not valid: Hostname mismatch"):
+                fetch(url.format("other.test"), resolve=here)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.slow
+def test_a_users_images_train_from_make_data(copy_of_repository, tmp_path):
+    home, pages = copy_of_repository(tmp_path / "repository"), tmp_path / "pages"
+    pages.mkdir()
+    for i in range(20):
+        tiny.page(96, 96, i).save(pages / f"{i}.png")
+    rows = [dict(file_name=f"{i}.png", question=f"Which is {i}?", answer=f"{i}") for i in range(20)]
+    (pages / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scale = f"teacher: outputs/teachers/toy-qwen3vl\ndata: {pages}\ntoken_budget: 400\ntrain: {{batch_size: 2}}\n"
+    (home / "workflow/scales/mine.yaml").write_text(scale)
+
+    def run(name, **parameters):
+        code = f"from heed_nb.batch import run_notebook; run_notebook('nbs/runs/{name}.ipynb', {parameters})"
+        return subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
+
+    early = run("distill", scale="mine", condition="C4")
+    assert early.stderr.splitlines()[-1].endswith("is not prepared; `make data SCALE=mine` prepares it")
+    for name, parameters in (("prepare", {}), ("prepare", {}), ("distill", dict(condition="C4"))):
+        done = run(name, scale="mine", **parameters)
+        assert done.returncode == 0, done.stderr
+    (made,) = home.glob("outputs/mine/runs/*/distill.json")
+    assert json.loads(made.read_text())["numbers"]["tokens"] >= 400

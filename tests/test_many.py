@@ -62,7 +62,7 @@ def contents(folder):
         (dict(evaluate=1), "evaluate is 1; it takes True or False"),
         (
             dict(scale="paper"),
-            "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher",
+            "scale paper can't train here: its data 'paper' is not prepared; `make data SCALE=paper` prepares it; ",
         ),
         (dict(minute=1), "unknown parameter 'minute' of nbs/runs/many.ipynb; allowed: scale"),
     ],
@@ -74,7 +74,7 @@ def test_a_wrong_choice_is_refused_in_one_line_before_any_work(given, message, c
 
 
 CAN_NOT_TRAIN = (
-    "scale paper can't train here: its data 'paper' is not built yet, only toyworld is; teacher "
+    "scale paper can't train here: its data 'paper' is not prepared; `make data SCALE=paper` prepares it; teacher "
     "'Qwen/Qwen3-VL-8B-Instruct' is neither a folder nor in the hub's local cache: `hf download "
     "Qwen/Qwen3-VL-8B-Instruct` brings it there; it needs a GPU, and PyTorch finds none here"
 )

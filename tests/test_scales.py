@@ -6,7 +6,7 @@ import pytest
 
 from heed_nb.conditions import TrainSettings
 from heed_nb.parameters import NotebookParameters, annotations, check_parameters
-from heed_nb.scales import Diagnosis, Evaluation, Finetuning, Preference, Scale, Training, load_scale
+from heed_nb.scales import Diagnosis, Evaluation, Finetuning, Preference, Preparation, Scale, Training, load_scale
 from test_conditions import taken
 
 
@@ -71,19 +71,23 @@ def test_a_wrong_scale_is_refused(scale_file, overrides, message):
 
 
 def test_a_scale_takes_values_of_a_key_s_kind_alone(scale_file):
-    sections = dict(train=Training, sft=Finetuning, dpo=Preference, evaluate=Evaluation, diagnose=Diagnosis)
+    sections = dict(
+        prepare=Preparation, train=Training, sft=Finetuning, dpo=Preference, evaluate=Evaluation, diagnose=Diagnosis
+    )
     keys = [
         *annotations(Scale),
         *(f"{name}.{key}" for name, section in sections.items() for key in annotations(section)),
     ]
     given = {key: taken(lambda value: load_scale("tiny", {key: value})) for key in keys}
-    texts = dict.fromkeys(("teacher", "evaluate.mirror"), ["'some words'"])
+    texts = dict.fromkeys(("teacher", "data", "evaluate.mirror"), ["'some words'"])
+    texts["prepare.copies"] = ["None", "'some words'"]
     switches = dict.fromkeys(("gpu", "density_cache", "gradient_cache"), ["True"])
     lists = dict.fromkeys(
-        ("side_seeds", "budgets", "side_budgets", "page_conditions", "open_points", "dpo.targets"), ["[]"]
+        ("side_seeds", "budgets", "side_budgets", "page_conditions", "open_points", "dpo.targets", "prepare.also"),
+        ["[]"],
     )
-    mappings = dict.fromkeys(("teachers", "more_seeds", *sections), ["{}"])
-    numbers = dict.fromkeys(("train.threads", "evaluate.questions"), ["None"]) | {
+    mappings = dict.fromkeys(("teachers", "more_seeds", "prepare.limits", *sections), ["{}"])
+    numbers = dict.fromkeys(("train.threads", "evaluate.questions", "prepare.samples"), ["None"]) | {
         f"{section}.{key}": ["None"] for section in ("sft", "dpo") for key in ("samples", "micro_batch", "threads")
     }
     assert {key: values for key, values in given.items() if values} == texts | lists | mappings | numbers | switches
