@@ -74,7 +74,7 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 
 @dataclass(kw_only=True)
 class HybridTextConfig:
-    """Mixin before a family's text config.
+    """The hybrid's fields, as a mixin for a family's text config.
 
     Raises ValueError on an unknown layer type, mixer, init, field or value, and if no layer keeps attention."""
 
@@ -112,7 +112,7 @@ def padding_mask(
     attention_mask: Tensor | None,  # [B, past + length], or [B, 1, length, past + length] (bool, or added to scores)
     length: int,  # of this call
 ) -> Tensor | None:  # [B, length], 0 at padding; None where nothing is padded
-    "The mask of this call's positions. Raises ValueError on a 4-D mask that is not causal but for padding."
+    "The padding mask of this call's positions. Raises ValueError on a 4-D mask that is not causal apart from padding."
     if attention_mask is None:
         return None
     if attention_mask.ndim == 2:
@@ -124,8 +124,8 @@ def padding_mask(
         causal = mask[:, None, None] & torch.ones_like(seen[0, 0]).tril()
         if not is_tracing(mask) and not bool((seen == causal)[mask[:, None].expand(seen.shape[:3])].all()):
             raise ValueError(
-                "a 4-D attention mask is causal but for padding where mixers replace attention; "
-                "packed sequences come with position_ids that restart and no mask"
+                "mixers need a 4-D attention mask that is causal apart from padding; "
+                "for packed sequences, give position_ids that restart and no mask"
             )
     return None if not is_tracing(mask) and bool(mask.all()) else mask
 
@@ -161,7 +161,7 @@ def sequence_inputs(
     inputs_embeds: Tensor,  # [B, T, D]
     cached: bool,  # whether there is a cache
 ) -> tuple:
-    """attention_mask and position_ids of attention; padding mask and boundaries of packed sequences for mixers.
+    """attention_mask and position_ids for attention, and padding mask and boundaries of packed sequences for mixers.
 
     Raises ValueError if packed sequences come with padding or a cache."""
     mask = cu_seqlens = None
@@ -179,13 +179,13 @@ def sequence_inputs(
 
 # %% ../nbs/28_hybrid.ipynb #c009
 class Hybrid:
-    "The properties that generation and loading must know."
+    "The properties on which generation and loading rely."
 
     _is_stateful = True  # the cache cannot be rolled back, so no assisted generation
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers, which initialises a missing tensor at random.
+        """Loads as in transformers, but does not initialise a missing tensor at random.
 
         Raises ValueError on a missing tensor unless `output_loading_info` asks for the list."""
         path = pretrained_model_name_or_path
@@ -197,7 +197,7 @@ class Hybrid:
 
 
 class HybridModel(Hybrid):
-    "Mixin before a family's composite classes: gives them the text model of the hybrid's text config."
+    "Mixin for a family's composite classes: replaces their text model by that of the hybrid's text config."
 
     def __init__(self, config):
         super().__init__(config)
@@ -231,7 +231,7 @@ class _MixerLayers(Hybrid):
 
 # %% ../nbs/28_hybrid.ipynb #c040
 class HybridTextModel(_MixerLayers):
-    "Mixin before a family's text model: mixers in its layers, which get padding and packed sequences."
+    "Mixin for a family's text model: puts mixers into its layers and passes them padding and packed sequences."
 
     def forward(
         self,
@@ -265,11 +265,11 @@ class HybridTextModel(_MixerLayers):
         )
 
     def decoder_positions(self, position_ids):
-        "The positions as the family's text model takes them."
+        "The position ids in the form that the family's text model expects."
         return position_ids
 
     def decoder_mask(self, attention_mask, inputs_embeds, past_key_values, position_ids):
-        "The mask as the family's text model takes it."
+        "The attention mask in the form that the family's text model expects."
         return attention_mask
 
 # %% ../nbs/28_hybrid.ipynb #c010
@@ -404,7 +404,7 @@ class HybridGlm4vTextModel(HybridTextModel, Glm4vTextModel):
     config: HybridGlm4vTextConfig
 
     def decoder_positions(self, position_ids):
-        "With a row of text positions, from which GLM's attention separates packed sequences."
+        "The position ids with a row of text positions, by which GLM's attention separates packed sequences."
         return position_ids if position_ids is None or position_ids.ndim == 3 else position_ids.expand(4, -1, -1)
 
 
@@ -418,7 +418,7 @@ class HybridGlm4vForConditionalGeneration(HybridModel, Glm4vForConditionalGenera
     "Loads with `AutoModelForImageTextToText` once `heed_nb` is imported."
 
     config: HybridGlm4vConfig
-    # GLM's own method gives the beams of a prompt its images out of order
+    # GLM's own method assigns images to the beams of a prompt in the wrong order
     _expand_multimodal_outputs = GenerationMixin._expand_multimodal_outputs
 
 
@@ -474,9 +474,9 @@ def kept_layers(
     layers: int,  # num_hidden_layers
     attention_layers: str | list[int] | None,  # None or "last": the last of every four; "first"; or indices
 ) -> list[int]:
-    """Indices of the layers that keep attention; if all do, the hybrid computes its teacher.
+    """Indices of the layers that keep attention. If all layers keep it, the hybrid equals its teacher.
 
-    Raises ValueError if the 3:1 ratio does not fit or an index is out of range."""
+    Raises ValueError if the layers cannot be split 3:1 or an index is out of range."""
     if attention_layers in (None, "last", "first"):
         if layers < 4 or layers % 4:
             raise ValueError(f"{layers} layers can't be split 3:1; give a multiple of 4, or attention_layers as a list")
@@ -590,7 +590,7 @@ def _assign(model, name, tensor):
 
 
 def _copy_tensors(source, student):
-    "Copies the teacher's tensors of the same names, and allocates the new parameters beside them."
+    "Copies the teacher's tensors by name, and allocates the new parameters on the device of their layer."
     for name, buffer in student.named_buffers(remove_duplicate=False):
         _assign(student, name, source[name].clone())
     for name, p in list(student.named_parameters(remove_duplicate=False)):
@@ -611,7 +611,7 @@ def to_hybrid(
     mixer: str = "mamba2",  # as for `hybrid_config`
     attention_layers: str | list[int] | None = None,
     init: str = "paper",
-    weight_transfer: bool = True,  # False: inherited parameters start at random too
+    weight_transfer: bool = True,  # False: inherited parameters also start at random
     seed: int = 0,  # of the init; the global random state is not used
     **mixer_fields,
 ):  # a hybrid of the teacher's family, dtype and device

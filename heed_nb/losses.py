@@ -37,14 +37,14 @@ def _layer_weights(
     if weights.shape not in (positions, (len(residuals), *positions)):
         of, takes = (len(residuals), tuple(residuals[0].shape)), tuple(positions)
         raise ValueError(
-            f"weights are {tuple(weights.shape)}; {of[0]} residuals of {of[1]} take {takes}, or one of these each"
+            f"weights are {tuple(weights.shape)}; {of[0]} residuals of {of[1]} need {takes}, or {takes} for each"
         )
     return weights.expand(len(residuals), *positions)
 
 # %% ../nbs/12_losses.ipynb #c006
 def residual_alignment(
     student: Sequence[Tensor],  # one [B, T, D] for each aligned layer
-    teacher: Sequence[Tensor],  # the same of the teacher
+    teacher: Sequence[Tensor],  # the same for the teacher
     weights: Tensor | None = None,  # w(p) [B, T], or the attention mask for Eq. 4; [layers, B, T] for +LD; None: all 1
     *,
     distance: str = "squared",  # a key of DISTANCES: Eq. 4's, MOHAWK's, MaTVLM's
@@ -55,7 +55,7 @@ def residual_alignment(
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}; one of {', '.join(DISTANCES)}")
     if len(student) != len(teacher) or not student:
-        raise ValueError(f"{len(student)} student residuals and {len(teacher)} of the teacher; one of each a layer")
+        raise ValueError(f"{len(student)} student residuals and {len(teacher)} of the teacher; each layer needs both")
     weights, total = _layer_weights(student, weights), 0
     for w, s, t in zip(weights, student, teacher):
         if s.shape != t.shape:
@@ -66,8 +66,8 @@ def residual_alignment(
 
 # %% ../nbs/12_losses.ipynb #c014
 def matrix_orientation(
-    student: Tensor,  # [B, H, T, T]: what each position reads of each other
-    teacher: Tensor,  # the same of the teacher
+    student: Tensor,  # [B, H, T, T]: the weight of each position (column) in each output (row)
+    teacher: Tensor,  # the same for the teacher
     attention_mask: Tensor | None = None,  # [B, T], 0 at padding
 ) -> Tensor:  # scalar
     "Frobenius distance of the mixing matrices, mean over samples and heads. Raises ValueError on shapes that differ."
@@ -83,7 +83,7 @@ def matrix_orientation(
 # %% ../nbs/12_losses.ipynb #c018
 @contextmanager
 def _hooked(modules, register):
-    "A list with a place for each module, filled by the hooks that `register(module, keep)` adds."
+    "Inside, a list with one entry per module, filled by the hooks that `register(module, keep)` adds."
     modules = list(modules)
     found: list[Tensor] = [None] * len(modules)
     handles = [register(module, partial(found.__setitem__, i)) for i, module in enumerate(modules)]
@@ -122,7 +122,7 @@ def next_tokens(
 def predicts_answer(
     labels: Tensor,  # [B, T], -100 except at answer tokens
 ) -> Tensor:  # [B, T] bool
-    "The positions whose next token is an answer's."
+    "The positions whose next token belongs to an answer."
     return next_tokens(labels) != -100
 
 
@@ -181,10 +181,10 @@ def _kd_sums(lm_head, student, teacher, targets, follows):  # [N, D], [N, D] or 
 # %% ../nbs/12_losses.ipynb #c033
 def kd_terms(
     student_hidden: Tensor,  # [B, T, D], what the head reads
-    teacher_hidden: Tensor | None,  # the same of the teacher; None: no KL
+    teacher_hidden: Tensor | None,  # the same for the teacher; None: no KL
     lm_head: nn.Module,  # D -> vocabulary, frozen or training
     labels: Tensor,  # [B, T], aligned with the input; -100 except at answer tokens
-    kl_mask: Tensor,  # [B, T], true at the positions whose prediction follows the teacher's
+    kl_mask: Tensor,  # [B, T], true at the positions of the KL
     *,
     chunk_size: int = CHUNK_SIZE,  # tokens whose logits are held at once
 ) -> tuple[Tensor, Tensor]:  # scalars, 0 where there is no token

@@ -41,7 +41,7 @@ def check_shapes(
     /,
     **expected: tuple[Tensor | None, tuple[int, ...]],  # by name: a tensor and the shape it should have
 ) -> None:
-    "Raises ValueError on groups that do not divide the heads, on another shape, and unless `x` is floating point."
+    "Raises ValueError if the groups do not divide the heads, a shape differs, or `x` is not floating point."
     heads = x.shape[2]
     if groups < 1 or heads % groups:
         raise ValueError(f"{groups} groups do not divide {heads} heads")
@@ -68,7 +68,7 @@ def pad_to(x: Tensor, length: int) -> Tensor:  # [B, T, ...] -> [B, length, ...]
 
 
 def first_positions(x: Tensor, length: int) -> Tensor:  # [B, T, ...] -> [B, length, ...]
-    "`x` without the positions that `pad_to` added, in memory of its own."
+    "`x` without the positions that `pad_to` added, contiguous in memory."
     return x[:, :length].contiguous() if length < x.shape[1] else x
 
 # %% ../nbs/20_recurrence.ipynb #c014
@@ -77,7 +77,7 @@ def chunk_spans(
     size: int,  # positions in a chunk
     width: int,  # of the heads
 ) -> list[tuple[int, int]]:
-    "The first chunk of each span and the one after its last."
+    "The first chunk of each span, and the chunk after its last."
     (b, t, h), numbers = x.shape[:3], 2**18 * torch.get_num_threads() if x.device.type == "cpu" else 2**24
     step = max(1, numbers // (b * h * size * width))
     return [(i, min(i + step, t // size)) for i in range(0, t // size, step)]
@@ -111,20 +111,20 @@ def put_rows(rows: Tensor, x: Tensor, size: int, i: int, j: int) -> None:
 def segment_sums(
     s: Tensor,  # [..., c]
 ) -> Tensor:  # [..., c, c]: s[j + 1] + ... + s[i] in row i and column j, -inf above the diagonal
-    "Sums over all segments, each added up on its own."
+    "Sums over all segments, each added up separately."
     lower = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).tril()
     return torch.where(lower.tril(-1), s[..., None], 0).cumsum(-2).masked_fill(~lower, -math.inf)
 
 # %% ../nbs/20_recurrence.ipynb #c020
 def log_decay_limit(dtype: torch.dtype) -> int:  # -66 in float32
-    """The log decay below which a decay counts as 0.
+    """The log decay below which a decay is set to 0.
 
-    Its products with small numbers stay clear of subnormals, which a CPU computes 50 times slower."""
+    Products of larger decays with small numbers stay above the subnormals, which a CPU computes 50 times slower."""
     return math.floor(0.75 * math.log(torch.finfo(dtype).tiny))
 
 
 def decay_exp(log_decay: Tensor) -> Tensor:
-    "exp in place; 0 within 1 of the limit and below."
+    "exp in place, with 0 for log decays up to `log_decay_limit` + 1."
     limit = log_decay_limit(log_decay.dtype)
     return F.threshold_(log_decay.clamp_(min=limit).exp_(), math.exp(limit + 1), 0.0)
 
@@ -137,7 +137,7 @@ def pair_decays(
     limit, eps = log_decay_limit(s.dtype), torch.finfo(s.dtype).eps
     grid = eps * 2 ** math.ceil(math.log2(-limit * s.shape[-1]))
     shift = 1.5 * grid / eps
-    s = s.clamp(min=limit)  # no larger step leaves anything
+    s = s.clamp(min=limit)  # beyond the limit, nothing of the state is left
     on_grid = (s + shift).sub_(shift)  # rounded to multiples of the grid
     rest, on_grid = s.sub_(on_grid).cumsum(-1), on_grid.cumsum(-1)
     out = torch.sub(on_grid[:, :, None], on_grid[:, None], out=out)
@@ -151,7 +151,7 @@ def log_decay_gradient(
     writes: Tensor,  # [R, c]: for writes to the state at the chunk's end
     total: Tensor,  # [R]: for the decay over the whole chunk
 ) -> Tensor:  # [R, c]
-    """Gradient of the log decays s from the flow through each decay they are part of.
+    """Gradient of the log decays s, summed over all decays that contain them.
 
     s_k is part of the pairs j < k <= i, the reads i >= k, the writes j < k, and the total."""
     after = torch.ones_like(pairs[0]).tril_()  # row i, column k: k <= i
@@ -205,9 +205,9 @@ def register_gradient(
     operator,  # as for `run_chunks`
     backward,  # of (dy, dfinal, *inputs, *kept, chunk size): gradients of the inputs and the state
     plain,  # as for `run_chunks`
-    values: int,  # place of the input that y has the shape of
+    values: int,  # index of the input whose shape y has
 ) -> None:
-    "Makes `backward` the gradient of `operator`, and `plain` its second and higher derivatives."
+    "Registers `backward` as the gradient of `operator`, and `plain` for second and higher derivatives."
 
     def keep(ctx, inputs, output):
         *tensors, ctx.size, _ = inputs
@@ -254,11 +254,12 @@ def choose_backend(
     kernels: tuple[str, ...],  # of the operation, the preferred first
     **machine,
 ) -> str:  # "torch" or one of `kernels`
-    """The backend to run. Raises ValueError on an unknown one, and with the reasons on a named kernel that cannot run.
+    """The backend to run. Raises ValueError on an unknown name, and with the reasons if a named kernel cannot run.
 
-    `machine` holds the tensors' `device` (its type) and `dtype`, whether a gradient will be asked for (`needs_grad`),
-    whether forward mode or a transform of `torch.func` is active (`transformed`), the kernels that cannot be imported
-    and why (`unusable`), the GPU's `capability`, (9, 0) on Hopper, and the version of `triton`."""
+    `machine` describes the call and the computer. The call: the tensors' `device` (its type) and `dtype`, whether a
+    gradient is needed (`needs_grad`), and whether forward mode or a transform of `torch.func` is active
+    (`transformed`). The computer: the kernels that cannot be imported, with reasons (`unusable`), the GPU's
+    `capability`, (9, 0) on Hopper, and the version of `triton`."""
     if backend == "auto":
         return next((kernel for kernel in kernels if not any(_obstacles(kernel, **machine))), "torch")
     if backend not in ("torch", *kernels):

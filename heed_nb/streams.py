@@ -74,10 +74,10 @@ def _paired_layers(student):
 
 @contextmanager
 def teacher_path(student: nn.Module) -> Iterator[nn.Module]:
-    "Inside, a paired student computes its teacher. Raises ValueError if it has none."
+    "Inside, a paired student computes the teacher's outputs. Raises ValueError on a student without a teacher."
     layers, config = _paired_layers(student), student.config.get_text_config()
     if not layers:
-        raise ValueError("the student has no teacher; pair_with_teacher gives it one")
+        raise ValueError("the student has no teacher; call pair_with_teacher first")
     attention, types = [layer.self_attn for layer in layers], config.layer_types
     try:
         for layer in layers:
@@ -105,7 +105,7 @@ class _Reached(Exception):
 
 @contextmanager
 def _stopping_after(module: nn.Module) -> Iterator[None]:
-    "Inside, a forward pass ends once `module` has run, and the block with it."
+    "Inside, a forward pass ends once `module` has run, and so does the `with` block."
 
     def stop(*_):
         raise _Reached
@@ -142,7 +142,7 @@ def forced(
     layers: Sequence[nn.Module],
     stream: Sequence[Tensor],  # one [B, T, D] a layer
 ) -> Iterator[None]:
-    "Inside, each layer reads its given input in place of the residual stream that reaches it."
+    "Inside, each layer reads its tensor of `stream` in place of the residual stream that reaches it."
     handles = [
         layer.register_forward_pre_hook(lambda module, args, given=given: (given.detach(), *args[1:]))
         for layer, given in zip(layers, stream)
@@ -156,7 +156,7 @@ def forced(
 # %% ../nbs/29_streams.ipynb #p019
 def attention_inputs(
     decoder: nn.Module, inputs: LanguageInputs, layers: Sequence[nn.Module]
-) -> list[dict]:  # one a layer
+) -> list[dict]:  # one for each layer
     "The keyword arguments that each layer passes to its attention, or to the mixer in its place."
     given = [{} for _ in layers]
     handles = [
@@ -179,7 +179,7 @@ def attention_matrix(
     given: dict,  # its keyword arguments
     attention_mask: Tensor,  # [B, T], 0 at padding
 ) -> Tensor:  # [B, H, T, T]
-    "The weights with which each position reads the ones before it."
+    "The attention weights of each position over itself and the positions before it."
     hidden, config = given["hidden_states"], attention.config
     causal = torch.ones(2 * hidden.shape[1:2], dtype=torch.bool, device=hidden.device).tril()
     seen = attention_mask.bool()[:, None, None] & causal  # [B, 1, T, T]
@@ -199,7 +199,7 @@ def orientation_loss(
 ) -> Tensor:  # scalar
     """MOHAWK's distance between the mixers' matrices and the teacher's, mean over layers.
 
-    Matrices exist for one layer at a time and are computed again in the backward pass. At T = 2,048 and 64 channels a
+    Only one layer's matrices are in memory at a time; the backward pass recomputes them. At T = 2,048 and 64 channels a
     head, a step holds up to 13 matrices [B, H, T, T] in float32 with Mamba-2 and 39 with Gated DeltaNet."""
 
     def distance(layer, given):

@@ -15,7 +15,7 @@ import torch
 
 # %% ../nbs/31_timing.ipynb #c031
 class Phases:
-    "Seconds of a run by phase. A mark opens a phase and closes the one before."
+    "Seconds of a run by phase. A mark opens a phase and closes the previous one."
 
     names = ("data", "tower", "density", "teacher", "student", "backward", "optimizer", "checkpoint")
 
@@ -33,7 +33,7 @@ class Phases:
         self.marks.append((name, now))
 
     def collect(self) -> None:
-        "Adds the time between the marks that the device has reached; the last phase stays open."
+        "Adds the time between the marks that the device has completed. The last phase stays open."
         while len(self.marks) > 1 and (not self.cuda or self.marks[1][1].query()):
             (name, start), (_, end) = self.marks[:2]
             self.seconds[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
@@ -45,7 +45,7 @@ _COUNTING: ContextVar[Phases | None] = ContextVar("phases", default=None)
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    "Adds the time inside, or in the function that it decorates, to a phase of the run."
+    "Adds the time of the block, or of the decorated function, to a phase of the run."
     if (phases := _COUNTING.get()) is None:
         yield
         return
@@ -59,7 +59,7 @@ def phase(name: str) -> Iterator[None]:
 # %% ../nbs/31_timing.ipynb #t006
 @contextmanager
 def counting(phases: Phases) -> Iterator[None]:
-    "Inside, `phase` adds to these phases; time outside any phase is added to the last, `checkpoint`."
+    "Inside, `phase` adds to these phases. Time outside any phase counts as the last one, `checkpoint`."
     token = _COUNTING.set(phases)
     phases.mark(phases.names[-1])
     try:

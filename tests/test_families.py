@@ -348,7 +348,7 @@ def test_a_4d_mask_is_read_or_refused(case, kind, side):
     blocks = seen.clone()
     blocks[0, :, 8:, :8] = False  # two sequences
     for mask in (blocks, seen.mT):
-        fails("a 4-D attention mask is causal but for padding", logits, mask)
+        fails("mixers need a 4-D attention mask that is causal apart from padding", logits, mask)
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
