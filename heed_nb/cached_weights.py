@@ -39,8 +39,8 @@ def record_values(
     batch: Batch,  # on its device
     condition: Condition,
     settings: TrainSettings,
-) -> list[Tensor]:  # [visual tokens] each, or compressed sensitivities [positions]
-    "What a cache stores of each sample of a batch."
+) -> list[Tensor]:  # one a sample: density [visual tokens], or compressed sensitivities [positions]
+    "The values that a cache stores for each sample of a batch."
     family, layers = family_of(student), replaced_indices(student)
     with torch.no_grad():
         inputs = family.language_inputs(student, batch.model_inputs)
@@ -59,9 +59,9 @@ def cache_identity(
     condition: Condition,
     settings: TrainSettings,
 ) -> dict:  # JSON
-    "What the values of a cache depend on beside the sample."
+    "Everything besides the sample on which the values of a cache depend."
     gradient, config, images = condition.weights == "gradient", teacher.config, processor.image_processor
-    left_out = {*PreTrainedConfig().to_dict(), "use_cache", *config.sub_configs}  # origin, type, what it returns
+    left_out = {*PreTrainedConfig().to_dict(), "use_cache", *config.sub_configs}  # fields that do not affect the values
     configs = [part.to_dict() for part in (config, config.vision_config, config.text_config)]
     identity = {
         "content": ["gradient", replaced_indices(student)] if gradient else ["density", settings.reduce],
@@ -77,7 +77,7 @@ def with_cache_keys(
     condition: Condition,
     samples: list,  # with `images`
 ) -> Batch:
-    "A batch with the keys of its samples' records."
+    "The collated batch, with the key of each sample's record."
     batch, tokens = Batch.of(collate(samples)), [()] * len(samples)
     if condition.weights == "gradient":
         rows = zip(batch["input_ids"], batch.labels, batch["attention_mask"].bool())
@@ -113,7 +113,7 @@ def _fill(folder, batches, values, tokens, progress, deadline) -> None:
             if seen >= tokens:
                 return
             if deadline is not None and time.time() >= deadline:
-                raise OutOfTime(f"stopped at {seen} of {tokens} tokens; called again, {folder} is completed")
+                raise OutOfTime(f"stopped at {seen} of {tokens} tokens; call again to complete {folder}")
     finally:
         bar.close()
         if new:
@@ -132,11 +132,11 @@ def complete_cache(
     tokens: int,  # that the run reads with these weights
     *,
     progress: bool = True,  # show a bar
-    deadline: float | None = None,  # time.time() after which it stops
+    deadline: float | None = None,  # time.time() after which building stops
 ) -> dict[str, Record]:
-    """The records that a run reads, those that are missing computed and stored.
+    """The records that a run reads. Missing records are computed and stored.
 
-    Raises ValueError on a damaged cache, and naming the samples of a batch that fails; OutOfTime at the deadline."""
+    Raises ValueError on a damaged cache and, naming its samples, on a bad batch. Raises OutOfTime at the deadline."""
     folder = Path(caches) / _hash(identity)
     with locked(folder, f"another run builds {folder}", wait=True):
         first = batches[0]

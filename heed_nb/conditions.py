@@ -53,7 +53,7 @@ class Condition(Parameters):
     alignment: Literal[ALIGNMENTS] = None  # what Stages 1/2 match; None: they are skipped
     weights: Literal[WEIGHTS] = "uniform"  # of positions in Stages 1/2
     distance: Literal["squared", "norm", "frobenius"] = "squared"  # Eq. 4's, MOHAWK's, MaTVLM's
-    mask_share: Share = 0.0  # of visual positions, those that a binary mask weighs more (A.8)
+    mask_share: Share = 0.0  # share of the visual positions that a binary mask raises (A.8)
     tau: Positive | None = None  # Eq. 3; None: that of the settings
     text_boost: NonNegative | None = None  # beta; None: that of the settings
     teacher_forced: bool = False  # Stages 1/2: each replaced layer reads the teacher's stream, not the student's
@@ -247,7 +247,7 @@ def get_condition(
 def start_of(
     name: str,  # of a condition after SFT and DPO
 ) -> str:  # C4 for C4+; C0, the teacher, for C0+
-    "The condition that SFT and DPO start from. Raises ValueError on one without them."
+    "The condition that SFT and DPO start from. Raises ValueError on a condition without them."
     if not get_condition(name).posttrained:
         able = ", ".join(name for name, condition in CONDITIONS.items() if condition.posttrained)
         raise ValueError(f"condition {name!r} has no SFT and DPO; these have: {able}")
@@ -359,11 +359,11 @@ class TrainSettings(Parameters):
     weight_decay: NonNegative = 0.01  # not on norms, biases and other 1-D parameters
     grad_clip: Positive = 1.0
     stages: tuple[Share, Share, Share] = (0.1, 0.3, 0.6)  # shares of the budget; C1 spends all of it in Stage 3
-    orient_share: Share = 0.027  # of the budget, before the stages, for a condition that orients
+    orient_share: Share = 0.027  # share of the budget for matrix orientation, before the stages
     tau: Positive = TAU  # Eq. 3
     text_boost: NonNegative = TEXT_BOOST  # beta
     normalize_over: Literal["all", "visual"] = "all"  # positions of the min-max
-    reduce: Literal["features", "mean", "max"] = "features"  # Eq. 2 between tokens; of patches: their mean or max
+    reduce: Literal["features", "mean", "max"] = "features"  # Eq. 2 of tokens, or its mean or max over their patches
     temper: NonNegative = 1.0  # exponent of C5's gradient weights: 1 is Eq. 7, 0 uniform
     density_cache: Text | None = (
         None  # folder of weight caches, filled as needed; None: density is computed at each step
@@ -427,7 +427,7 @@ class DPOSettings(SFTSettings):
 
 # %% ../nbs/30_conditions.ipynb #c022b
 SPEED_ONLY = ("workers", "checkpoint_every", "skip_bad")  # fields of TrainSettings that change no number
-_DENSITIES = ("density", "shuffled")  # masks rank positions, and of 16 levels many tie
+_DENSITIES = ("density", "shuffled")  # not masks, which rank positions: many would tie in 16 levels
 CACHED = dict.fromkeys(_DENSITIES, "density_cache") | {"gradient": "gradient_cache"}  # weights -> setting
 
 

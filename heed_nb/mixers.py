@@ -262,7 +262,7 @@ class _Matrix(_Inputs):
     ) -> Tensor:  # [B, H, T, T] in float32: row i, column j is the weight of v at j in the output at i
         """The matrix by which the recurrence multiplies v: lower triangular, with zero columns at padding.
 
-        It needs memory for B x H x T x T numbers, as attention's matrix does, and several times as much for its gradient."""
+        It needs memory for B x H x T x T numbers, as attention's does, and several times as much for its gradient."""
         q, k, v, *rates = self.recurrence_inputs(hidden_states, mask=linear_attention_mask)
         unit = torch.eye(v.shape[1], device=v.device)[None, :, None].expand(v.shape[0], -1, self.num_heads, -1)
         return self.recurrence(q, k, unit, *rates, backend="torch").transpose(1, 2)

@@ -57,7 +57,7 @@ def _epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(
-    length: int | None,  # of the dataset; None: it has no end
+    length: int | None,  # of the dataset; None: it has no length
     batch_size: int,
     seed: int,
     step: int,  # from 0
@@ -70,7 +70,7 @@ def batch_indices(
 
 # %% ../nbs/32_schedule.ipynb #c044
 class Failed(NamedTuple):
-    "Takes the place of a batch that cannot be made."
+    "Returned in place of a batch that cannot be made."
 
     message: str  # one line
     error: Exception  # of the first bad sample
@@ -110,7 +110,7 @@ def _errors(attempt: Callable[[int], object], places: Iterable[int]) -> dict[int
 
 # %% ../nbs/32_schedule.ipynb #s045
 def _unlabelled(batch: Batch, places: Iterable[int]) -> dict[int, BadSample]:
-    "The error of each sample that teaches no next token, by its place."
+    "The error of each sample without a label, by its place in the batch."
     labelled = (batch.labels[:, 1:] != -100).any(1).tolist()
     reasons = (batch.unlabelled.get(row, "it has no label") for row in range(len(labelled)))
     rows = zip(places, batch.keys, reasons, labelled)
@@ -121,10 +121,10 @@ def _batch(
     dataset,
     collate: Callable,
     indices: dict[int, int],  # place in the batch -> index in the dataset
-    samples: dict[int, object],  # those that are read, by place; bad ones are taken out
+    samples: dict[int, object],  # samples already read, by place; bad ones are removed
     skip_bad: bool,
 ) -> Batch | Failed | list[tuple[int, str, Exception]]:
-    "The batch, the reason why there is none, or place, sample and error of those that need another sample."
+    "The batch, or `Failed`, or the place, name and error of each bad sample that needs a replacement."
     missing = [place for place in indices if place not in samples]
     errors = _errors(lambda place: samples.update({place: dataset[indices[place]]}), missing)
     if not errors:
@@ -147,11 +147,11 @@ def _batch(
 class Batches(Dataset):
     "The batch of each step, or `Failed`."
 
-    draws = 100  # bad samples in a row for one place of a batch that end the run
+    draws = 100  # number of bad samples in a row, at one place of a batch, that ends the run
 
     def __init__(
         self,
-        dataset,  # map-style, with or without an end
+        dataset,  # map-style, with or without a length
         collate: Callable,  # samples -> batch
         settings: TrainSettings,
         rank: int = 0,  # of the process
@@ -181,14 +181,14 @@ class Batches(Dataset):
 # %% ../nbs/32_schedule.ipynb #s048
 def loaded(
     batches: Batches,
-    step: int = 0,  # the first
+    step: int = 0,  # the first step
 ) -> Iterator[Batch | Failed]:
-    "The batches of the steps from one on, prepared ahead by `settings.workers` processes."
+    "The batches of all steps from `step` on, prepared ahead by `settings.workers` processes."
     settings = batches.settings
     steps = dict(batch_size=None, sampler=itertools.count(step), num_workers=settings.workers)
-    generator = torch.Generator().manual_seed(settings.seed)  # the global random numbers are left alone
+    generator = torch.Generator().manual_seed(settings.seed)  # keeps the global random state unchanged
     return iter(DataLoader(batches, **steps, generator=generator))
 
 # %% ../nbs/32_schedule.ipynb #s050
 class OutOfTime(Exception):
-    "A run was stopped by its deadline. Its last checkpoint is of the last step."
+    "A run was stopped by its deadline. Its last checkpoint holds the last step."

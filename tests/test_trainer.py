@@ -427,9 +427,9 @@ def test_a_run_goes_back_to_the_checkpoint_that_is_whole(tmp_path, whole, capfd)
     assert min(steps) == int(older.stem[5:]) + 1
     for path in checkpoints(out):
         flip(path)
-    remedy = rf"and no other is whole; remove {out}/checkpoint to begin again$"
+    remedy = rf"and no other is intact; remove {out}/checkpoint to begin again$"
     with pytest.raises(
-        ValueError, match=rf"^{checkpoints(out)[1]} is damaged \(another checksum than was written\), {remedy}"
+        ValueError, match=rf"^{checkpoints(out)[1]} is damaged \(its checksum does not match\), {remedy}"
     ):
         run(out)
 

@@ -91,7 +91,7 @@ FAULTS = {  # what happens at the sixth batch; the error, and how many records a
     "NaN": (lambda batch: [torch.tensor([torch.nan])] * 4, ValueError, "holds NaN or .*, on samples page-", 20),
     "interrupt": (raising(KeyboardInterrupt()), KeyboardInterrupt, "^$", 20),
     "kill": (lambda batch: os.kill(os.getpid(), signal.SIGKILL), None, None, 16),
-    "deadline": (numbers, OutOfTime, "^stopped at 20 of 240 tokens; called again, .* is completed$", 4),
+    "deadline": (numbers, OutOfTime, "^stopped at 20 of 240 tokens; call again to complete .*$", 4),
 }
 
 
