@@ -102,7 +102,7 @@ TOYS |= {
         dict(head_dim=32, rope_parameters=_ROPE),
         _LAYERS,
         sizes=("num_hidden_layers",),
-        positions="vpm.embeddings.position_embedding.weight",
+        positions="model.vpm.embeddings.position_embedding.weight",
         fields=dict(query_num=36),
     ),
 }

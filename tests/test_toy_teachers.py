@@ -47,6 +47,13 @@ def test_size_and_bar(folder):
     assert min(numbers["means"].values()) >= 95
 
 
+@pytest.mark.parametrize("model_type", TOYS)
+def test_a_teacher_of_each_family_trains(model_type, tmp_path):
+    steps = dict(read_steps=1, answer_steps=1, settle_steps=1, batch_size=2)
+    numbers = train_teacher(tmp_path / "teacher", model_type=model_type, **steps)
+    assert load_teacher(tmp_path / "teacher")[0].num_parameters() == numbers["parameters"]
+
+
 @folders
 def test_its_mlps_change_the_residual_stream_little(folder):
     model, processor = load_teacher(folder)
