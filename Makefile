@@ -7,7 +7,7 @@ CALL  := $(BIN)/python -c 'import os, sys; sys.tracebacklimit = 0; from heed_nb.
 
 , := ,
 
-# A scale is a file of workflow/scales. Other variables reach commands by the environment, so that no shell reads them.
+# A scale is a file of workflow/scales. Variables are passed to commands in the environment, so that no shell expands them.
 GIVEN := $(foreach name,SCALE CONDITIONS SEEDS MINUTES EVALUATE CONFIRM,$(if $(filter-out undefined,$(origin $(name))),$(name)))
 $(foreach name,$(GIVEN),$(if $(findstring $$,$(value $(name))),$(error $(name) holds a dollar sign)))
 $(foreach name,$(GIVEN),$(if $(strip $($(name))),,$(error $(name) is empty; leave it out$(,) or give one)))
@@ -35,10 +35,10 @@ tables: .venv/ok ## measure Table 1 and write the tables that need no training, 
 all: .venv/ok ## every table and figure: all seeds and budgets of the scale
 	$(BATCH) all
 
-many: .venv/ok ## the runs of all in one process, until MINUTES are over; then all makes the tables
+many: .venv/ok ## the runs of `all` in one process, for MINUTES; then `make all` writes the tables
 	$(CALL) 'run_notebook("nbs/runs/many.ipynb", many_parameters(os.environ))'
 
-teachers: .venv/ok ## train the toy teachers again (resumes)
+teachers: .venv/ok ## train the toy teachers again; an interrupted training resumes
 	$(BATCH) teachers
 
 publish: .venv/ok ## copy tables, figures and run records of outputs/SCALE to outputs/published/SCALE
@@ -47,7 +47,7 @@ publish: .venv/ok ## copy tables, figures and run records of outputs/SCALE to ou
 test: .venv/ok ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: format ## what a contributor runs before a commit: format, export, and the tests that are not slow
+check: format ## before a commit: format, export, and run the tests that are not slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 format: .venv/ok ## format notebooks and tests, and export the library
@@ -61,15 +61,15 @@ docs: .venv/ok ## build the documentation site in site/
 readme: .venv/ok ## make README.md from nbs/index.ipynb
 	$(BIN)/python docs/build.py --readme
 
-clean: ## remove builds; what runs wrote stays
+clean: ## remove builds and keep the outputs of runs
 	rm -rf .snakemake _proc site build dist *.egg-info
 
-clean-runs: .venv/ok ## name what runs at SCALE wrote, and with CONFIRM=SCALE remove it
+clean-runs: .venv/ok ## list the files that runs at SCALE wrote; with CONFIRM=SCALE, remove them
 	$(CALL) 'remove_runs(os.environ["SCALE"], os.environ.get("CONFIRM", ""))'
 
 LMMS_EVAL = $(shell sed -n 's/^LMMS_EVAL = "\(.*\)".*/\1/p' heed_nb/evaluate.py)
 
-# One install at a time; an interrupted one is taken up again.
+# Only one installation runs at a time. An interrupted installation is repeated at the next call.
 .venv/ok: settings.ini pyproject.toml setup.py
 	@"$$PY" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "heed_nb needs Python 3.11 or later; this is %s. Name one: make PY=/path/to/python3.11" % sys.version.split()[0])'
 	@mkdir -p .venv; echo "installing into .venv"

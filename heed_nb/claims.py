@@ -26,7 +26,7 @@ from .tables import markdown_table
 # %% ../nbs/66_claims.ipynb #c090
 @cache
 def paper_claims() -> pd.DataFrame:  # a row a claim, with the columns of claims.csv; `percent` is in low and high
-    "The paper's claims. `paper` is NaN where the paper gives a direction alone; `never` says why no scale tests it."
+    "The paper's claims. `paper` is NaN where the paper gives a direction alone; `never` is why no scale tests it."
     words = ["spread", "unit", "measure", "arguments", "decides", "never"]
     frame = pd.read_csv(PAPER / "claims.csv", dtype=dict.fromkeys(words, str)).fillna(dict.fromkeys(words, ""))
     share = frame.pop("percent") / 100
@@ -46,15 +46,15 @@ VERDICTS = REPRODUCED, NOT_REPRODUCED, UNDECIDED, CEILING, UNTESTED = (
 
 @dataclass(frozen=True)
 class Measured:
-    "What a measure found."
+    "The result of a measure."
 
     value: float | None = None
     low: float | None = None  # of the 95 % interval; None: there is none
     high: float | None = None
     n: str = ""  # "3 seeds", "100 images, 3 seeds"
     files: tuple = ()  # (run of `read_runs`, kind)
-    why: str = ""  # why no rule can judge it; "": one can
-    verdict: str = UNTESTED  # where there is a `why`
+    why: str = ""  # the reason if no rule can judge it
+    verdict: str = UNTESTED  # used only with a `why`
 
 # %% ../nbs/66_claims.ipynb #c093b
 class Evidence:
@@ -69,7 +69,7 @@ class Evidence:
         self.folder, self.scale, self.kinds, self.read = Path(folder), scale, kinds, {}
 
     def runs(self, kind: str, teacher: str | None = None) -> list[dict]:
-        "Of `read_runs`."
+        "The runs of a kind, as `read_runs` returns them."
         if (kind, teacher) not in self.read:
             self.read[kind, teacher] = read_runs(self.folder, kind, teacher)
         return self.read[kind, teacher]
@@ -95,7 +95,7 @@ def _over_seeds(values, files):
 
 
 def _paired(evidence, kind, conditions, budget=None, teacher=None):
-    "[{condition: run}, ...] over the seeds that all have, and the files; or why there are none."
+    "[{condition: run}, ...] over the seeds that all have, the files, and the reason if there are none."
     of = {c: evidence.by_seed(kind, c, budget, teacher) for c in dict.fromkeys(conditions)}
     if absent := [c for c, runs in of.items() if not runs]:
         return [], (), f"no {kind}.json of {', '.join(absent)} at {budget or evidence.scale.token_budget:,} tokens"
@@ -111,7 +111,7 @@ def _keys(terms):  # benchmarks
 
 
 def _points_by_seed(evidence, *terms, quantity="scores", budget=None, teacher=None):  # (sign, condition, row), ...
-    "{seed: sum of the terms}, and the files; or why there are none."
+    "{seed: sum of the terms}, the files, and the reason if there are none."
     rows, files, why = _paired(evidence, "evaluate", [c for _, c, _ in terms], budget, teacher)
     wanted = sorted(_keys(terms))
     for run, _ in files:
@@ -160,7 +160,7 @@ def _steps(evidence, a, b, c, d, row):
     return _points(evidence, (1, a, row), (-1, b, row), (-1, c, row), (1, d, row))
 
 
-def _gain(evidence, a, b, c, row):  # a - b, or what of it is beyond c - a: the one whose interval begins lower
+def _gain(evidence, a, b, c, row):  # of a - b and (a - b) - (c - a), the one whose interval begins lower
     found = _contrast(evidence, a, b, row), _steps(evidence, a, b, c, a, row)
     return min(found, key=lambda of: -math.inf if of.low is None else of.low)
 
@@ -209,7 +209,7 @@ def _spread(evidence, condition, row, **of):
 
 
 def _spread_ratio(evidence, a, b, row):
-    "Of the standard deviations over the seeds that both have, with Pitman's interval: pairs correlate."
+    "The ratio of standard deviations over shared seeds, with Pitman's interval for correlated pairs."
     of_a, of_b, of_gap = (
         _points(evidence, (x, a, row), (y, b, row), over=_deviation) for x, y in ((1, 0), (0, 1), (1, -1))
     )
@@ -324,7 +324,7 @@ MEASURES: dict[str, Callable] = dict(  # name -> (evidence, arguments...) -> Mea
 # %% ../nbs/66_claims.ipynb #c095
 @dataclass(frozen=True)
 class Rule:
-    "Where a measurement must lie for its claim to be reproduced."
+    "The bounds within which a measurement reproduces its claim."
 
     decides: str  # "interval" or "value"
     low: float = -math.inf
@@ -338,7 +338,7 @@ class Rule:
 # %% ../nbs/66_claims.ipynb #c095c
 def claim_verdict(
     rule: Rule, measured: Measured
-) -> tuple[str, str]:  # one of VERDICTS; why not, "" where it is reproduced
+) -> tuple[str, str]:  # one of VERDICTS; the reason, "" if it is reproduced
     "The verdict of a rule on a measurement."
     if measured.why:
         return measured.verdict, measured.why
@@ -365,7 +365,7 @@ def _judge(evidence, claim):  # a row of `paper_claims`
 def claims(
     folder: str | PurePath,  # outputs/SCALE/runs
     scale: Scale,
-    kinds: Callable | None = None,  # of failures, as `joint_failures` takes it; None: they are not told
+    kinds: Callable | None = None,  # of failures, as `joint_failures` takes it; None: not judged
 ) -> pd.DataFrame:  # id, place, claim, paper, spread, unit, measure, rule, value, low, high, n, verdict, why, runs
     "Each claim of the paper compared with a scale's run files."
     evidence, lines = Evidence(folder, scale, kinds), []
@@ -385,7 +385,7 @@ def claims(
 def claim_counts(
     frame: pd.DataFrame,  # of `claims`
 ) -> str:
-    "How many claims have which verdict, in Markdown."
+    "The number of claims with each verdict, in Markdown."
     rows = [[verdict, str((frame.verdict == verdict).sum())] for verdict in VERDICTS]
     return markdown_table(["verdict", "claims"], rows + [["all", str(len(frame))]])
 

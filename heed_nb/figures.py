@@ -69,7 +69,7 @@ def budget_figure(
     panels: dict[str, pd.DataFrame],  # a title -> lines of `scores`, of one row
     note: str = "",  # one line at the foot: the runs it came from
 ) -> Figure:
-    "Scores over token budgets, a line a condition, the band one standard deviation over seeds; the teacher dashed."
+    "Scores over token budgets: a line for each condition, a band of one standard deviation, the teacher dashed."
     figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
     row, labelled = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], {}
     for axes, (title, of_panel) in zip(row, panels.items()):
@@ -108,7 +108,7 @@ def ladder_figure(
 ) -> Figure:
     """Fig. 1: (A) reasoning and (B) fine-grained benchmarks and their averages.
 
-    A bar a condition (mean, standard deviation over seeds), the paper's scores as light marks."""
+    Each condition has a bar (mean and standard deviation over seeds) and the paper's score as a light mark."""
     at = cells[cells.n > 0].set_index(["row", "column"])
     conditions = [c for c in LADDER if c in at.index.get_level_values("column")]
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -169,7 +169,7 @@ def share_figure(
 def run_note(
     runs: list[dict],  # of `read_runs`
 ) -> str:
-    "One line for the foot of a figure: which runs, of which code."
+    "One line for the foot of a figure that names its runs and their commits."
     listed = lambda values: ", ".join(map(str, values))
     conditions = [c for c in CONDITIONS if any(run["condition"] == c for run in runs)]
     seeds, budgets = (sorted({run[key] for run in runs} - {None}) for key in ("seed", "token_budget"))

@@ -30,13 +30,13 @@ def root(
     raise ValueError(f"no workflow/scales at or above {start}; run this inside the repository")
 
 # %% ../nbs/90_files.ipynb #c013
-_HELD = weakref.WeakSet()  # files
+_HELD = weakref.WeakSet()  # locked files
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _HELD])
 
 
 def hold(
     file,  # open for writing
-    refusal: str,  # the error's words if it is locked already
+    refusal: str,  # the error message if it is locked
     *,
     wait: bool = False,  # until it is free, with a line on stderr
 ) -> None:
@@ -53,15 +53,15 @@ def hold(
         fcntl.flock(file, fcntl.LOCK_EX)
 
 # %% ../nbs/90_files.ipynb #c015
-TEMPORARY = ".heed.tmp"  # the end of a temporary name
+TEMPORARY = ".heed.tmp"  # suffix of a temporary name
 
 
 def clear(
     folder: Path,
     *,
-    folders: bool = True,  # temporary folders, too: for the holder of the lock under which they are written
+    folders: bool = True,  # temporary folders too; only for the holder of the lock under which they are written
 ) -> None:
-    "Removes what killed writes have left in a folder."
+    "Removes the temporary files that killed writes left in a folder."
     for path in folder.glob(f".*{TEMPORARY}"):
         with suppress(OSError):  # its writer holds it, has renamed it or is another user
             if path.is_dir():
@@ -76,7 +76,7 @@ def clear(
 @contextmanager
 def locked(
     folder: str | PurePath,  # made if it does not exist
-    refusal: str | None = None,  # the error's words if it is locked already
+    refusal: str | None = None,  # the error message if it is locked
     *,
     wait: bool = False,  # until it is free
 ) -> Iterator[None]:
@@ -110,7 +110,8 @@ def write_file(
 ) -> Path:  # the path
     """Writes a file atomically.
 
-    On an interrupt or a full disk, an OSError that names the file, an earlier file stays and nothing else is left."""
+    On an interrupt or a full disk, an earlier file stays and no temporary file is left. A full disk raises an OSError
+    that names the file."""
     path, file = Path(path), None
     path.parent.mkdir(parents=True, exist_ok=True)
     clear(path.parent, folders=False)
@@ -141,7 +142,7 @@ def _sha256(path):
 
 
 def write_sums(folder: Path) -> Path:  # SHA256SUMS in it
-    "Writes the hash of every file in the folder, but for those that people edit by hand."
+    "Writes the hash of every file in the folder except those that people edit by hand."
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in (SUMS, *BY_HAND))
     return write_file(folder / SUMS, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
 
@@ -176,7 +177,7 @@ def sync(path: Path) -> None:
 # %% ../nbs/90_files.ipynb #c010b
 @contextmanager
 def scratch(
-    path: Path,  # to be written
+    path: Path,  # the folder to write later
 ) -> Iterator[Path]:  # an empty folder beside it
     "A context with a temporary folder, for the holder of the lock; the folder is removed at the end."
     folder = path.with_name(f".{path.name}{TEMPORARY}")

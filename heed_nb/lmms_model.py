@@ -34,13 +34,13 @@ def stop_strings(
 
 # %% ../nbs/50_lmms_model.ipynb #c0f05
 class _Generating(lmms):
-    "An lmms-eval model for tasks that are generated, in one round."
+    "An lmms-eval model for tasks with generated answers, in one round."
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("all tasks here are generated; none asks for likelihoods")
+        raise NotImplementedError("tasks that ask for likelihoods are not supported")
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("all tasks here have one round")
+        raise NotImplementedError("tasks with several rounds are not supported")
 
 # %% ../nbs/50_lmms_model.ipynb #c005
 class HeedVLM(_Generating):
@@ -89,7 +89,7 @@ class HeedVLM(_Generating):
 
 # %% ../nbs/50_lmms_model.ipynb #c007
 class Questions(list):
-    "Rendered questions in the place of a dataset's split."
+    "Rendered questions in place of a dataset's split."
 
     features = dict.fromkeys(("key", "image", "question", "answers", "metric"))
 

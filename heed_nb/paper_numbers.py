@@ -28,10 +28,10 @@ def paper_table(
     number: int | str,  # 1 ... 12, or "A.8" for the two curves of Appendix A.8
     *,
     printed: bool = False,  # the strings as printed ("76.60") instead of numbers
-) -> pd.DataFrame:  # a row for each of the table's, named by its first column
+) -> pd.DataFrame:  # the table's rows, indexed by its first column
     """A table of the paper, its rows named by benchmarks' keys, fine_grained, reasoning and average.
 
-    Raises ValueError on a number of no table."""
+    Raises ValueError if the paper has no table of this number."""
     held = {int(path.stem[-2:]): path for path in sorted(PAPER.glob("table_*.csv"))} | {
         "A.8": PAPER / "appendix_a8.csv"
     }
@@ -95,7 +95,7 @@ def made_up_runs(
     *,
     lift: float = 0.0,  # more points for C4
 ) -> Path:  # the folder
-    """Write an evaluate.json a run around the paper's scores, with a spread over seeds.
+    """Writes an evaluate.json for each run, with scores around the paper's and a spread over seeds.
 
     Scores fall by up to 20 points at smaller budgets."""
     rng, paper = random.Random(0), paper_table(1).join(paper_table(5)["C6"])
@@ -263,7 +263,7 @@ def _corpus():
 
 # %% ../nbs/63_paper_numbers.ipynb #c083z
 def paper_checks() -> pd.DataFrame:  # place, quantity, says, against, recomputed, difference, agrees
-    "The paper's numbers recomputed from its tables, one a line."
+    "The paper's numbers recomputed from its tables, one per line."
     prose = _ladder, _after_training, _variants, _costs, _ablations, _replication, _analyses, _corpus
     return pd.DataFrame([_check(*line) for part in (_averages, _printed_twice, *prose) for line in part()])
 

@@ -82,7 +82,7 @@ def words(
 
 # %% ../nbs/94_parameters.ipynb #p012
 def _fit(value, kind):
-    "`value` as the annotation `kind` has it. Raises an error without words on any other."
+    "`value` converted to the annotation `kind`. Raises an error without a message if it does not fit."
     base, parts = get_origin(kind) or kind, get_args(kind)
     if base in (Union, UnionType):
         return None if value is None else _fit(value, parts[0])
@@ -153,7 +153,7 @@ class Parameters:
 
 # %% ../nbs/94_parameters.ipynb #p019
 class NotebookParameters(TypedDict):
-    "What the notebooks in `nbs/runs` and `nbs/paper` can be given."
+    "The parameters of all notebooks in `nbs/runs` and `nbs/paper`."
 
     scale: Text
     condition: Text

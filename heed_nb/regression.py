@@ -44,8 +44,8 @@ DRAWS = 1000
 
 def bootstrap_counts(
     images: int, draws: int = DRAWS, seed: int = 0
-) -> np.ndarray:  # [1 + draws, images]: how often each image counts; once each in the first row
-    "The set and its resamples with replacement. Raises ValueError if fewer than `draws` different ones exist."
+) -> np.ndarray:  # [1 + draws, images]: the count of each image; all 1 in the first row
+    "The set and its resamples with replacement. Raises ValueError if fewer than `draws` distinct ones exist."
     needed = next(n for n in range(2, draws + 2) if math.comb(2 * n - 1, n) >= draws)
     if images < needed:
         raise ValueError(f"{images} images are too few for a bootstrap of {draws} draws; it takes {needed} or more")
@@ -204,8 +204,8 @@ CORRELATIONS = ("density", "density, top quarter", "top quarter minus all", "lay
 def rank_correlations(
     tokens: Tokens,
     layers: Sequence[int],  # the aligned ones
-) -> dict[str, np.ndarray]:  # by CORRELATIONS; layers: one for each pair of them
-    "One image's Spearman correlations, NaN where one of the two is constant."
+) -> dict[str, np.ndarray]:  # by CORRELATIONS; between layers, a value for each pair
+    "One image's Spearman correlations, NaN where either side is constant."
     sensitivity = torch.from_numpy(tokens.sensitivity)[list(layers), None]
     visual, density = torch.from_numpy(tokens.visual)[None], torch.from_numpy(tokens.density)[None]
     found = [density_correlations(density, sensitivity.sum(0), visual, top=top).numpy() for top in (1, 0.25)]
@@ -217,7 +217,7 @@ def rank_correlations(
 def correlation_summary(
     images: np.ndarray,  # [images, 1], or [images, pairs] of layers
     counts: np.ndarray,  # [draws, images], of `bootstrap_counts`
-) -> dict:  # value, low, high; p5 and p95 over images; least and most over pairs; images: how many had an order
+) -> dict:  # value, low, high; p5 and p95 over images; least and most over pairs; images: how many could be ranked
     "The mean over images and then pairs, with its 95 % interval. All None where nothing can be ranked."
     images = images[:, np.isfinite(images).any(0)]
     if not images.size:
@@ -280,7 +280,7 @@ def layer_means(
 
 
 def can_be_ranked(tokens: Tokens) -> bool:
-    "Whether an image has ten visual tokens or more and not one density at all of them."
+    "Whether an image has ten visual tokens or more, and their densities are not all equal."
     return tokens.visual.sum() >= 10 and np.ptp(tokens.density[tokens.visual]) > 0
 
 
@@ -322,7 +322,7 @@ def diagnosed_layers(
     student: nn.Module,
     layers: Sequence[int] | None,  # None: the student's replaced ones, all if it has none
 ) -> list[int]:
-    "The layers of a diagnosis. Raises ValueError on none, or one that the teacher does not have."
+    "The layers to diagnose. Raises ValueError on an empty list and on a layer that the teacher does not have."
     depth = teacher.config.get_text_config().num_hidden_layers
     layers = list(layers if layers is not None else replaced_indices(student) or range(depth))
     if not layers or not set(layers) <= set(range(depth)):
@@ -354,7 +354,7 @@ def add_batch(
     ablate: int | None,
     one_by_one_images: int,
 ) -> None:
-    "Adds a batch's measures and what its answers lose when a decile is hidden."
+    "Adds a batch's measures and the importance of its deciles."
     groups, curves = decile_groups(measured), findings.curves
     curves["importance"].extend(answer_importance(teacher, batch, groups))
     if ablate is not None:
@@ -381,7 +381,7 @@ def diagnose(
     draws: int = DRAWS,
     seed: int = 0,  # of the resamples
 ) -> tuple[dict, pd.DataFrame | None]:  # numbers; the token table of the first images
-    """Sect. 3 for a teacher and a student: decile curves, regressions, attention, and App. B.3's rank correlations.
+    """Sect. 3's diagnosis of a teacher and a student: decile curves, regressions, attention, App. B.3's correlations.
 
     An image with fewer than ten visual tokens or constant density is left out and counted. Raises ValueError on models
     that cannot be compared, an unknown layer, too few images for the bootstrap, constant or collinear columns."""

@@ -115,7 +115,7 @@ def _opened(image):
 # %% ../nbs/93_samples.ipynb #c011
 @contextmanager
 def _whole():
-    "A context in which a truncated file is an error, whatever a library has told Pillow, as lmms-eval does."
+    "A context in which a truncated file is an error, even if a library such as lmms-eval has told Pillow otherwise."
     kept, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -132,7 +132,7 @@ def _upright(image):
 
 # %% ../nbs/93_samples.ipynb #c011b
 def _in_eight_bits(image, kind):
-    "A PIL image of 16 bits, 32 bits or floats, from a file of some kind, as one of 8 bits; any other unchanged."
+    "A PIL image of 16 bits, 32 bits or floats converted to 8 bits; any other unchanged. `kind` is its file format."
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
@@ -200,7 +200,7 @@ class BadSample(ValueError):
 class Sample:
     "A training document with its questions and answers."
 
-    key: str  # its name in logs
+    key: str  # its name in logs and errors
     images: list  # in order, each anything that `viewed` takes; none for a text-only sample
     turns: list[tuple[str, str]] = ()  # (question, answer), asked in turn, all images before the first
     chat: list[dict] | None = None  # messages in the place of turns
@@ -276,7 +276,7 @@ def _placed(read, images):
             raise ValueError("it shows images, but no question")
         asked["content"] = [{"type": "image"} for _ in images] + asked["content"]
     elif held and (images or len(held) < len(shown)):
-        raise ValueError("some of its images stand in its messages, some do not")
+        raise ValueError("some of its images are in its messages, some are not")
     elif not held and len(shown) != len(images):
         raise ValueError(f"its messages have places for {len(shown)} images, it has {len(images)}")
     return held or images, (), chat
@@ -343,7 +343,7 @@ def _first(dataset):
 
 # %% ../nbs/93_samples.ipynb #c022b
 def samples_of(dataset):  # the data set, or its rows as `Sample`s
-    "The data set that `distill` reads. Raises a one-line ValueError if it is empty or no data set."
+    "The data set that `distill` reads. Raises a one-line ValueError if it is empty or not a data set."
     if isinstance(dataset, (str, bytes, Mapping)) or not hasattr(dataset, "__getitem__"):
         about = f" with the entries {', '.join(map(str, dataset))}" if isinstance(dataset, Mapping) else ""
         raise ValueError(f"{type(dataset).__name__}{about} is no data set; {DATA_SET}")
@@ -365,13 +365,13 @@ def samples_of(dataset):  # the data set, or its rows as `Sample`s
 class Batch:
     """Samples as tensors: B samples of T positions, padded on the right.
 
-    `batch["input_ids"]` is a tensor that the model takes, or `labels`, by its name."""
+    `batch[name]` returns a model input such as `input_ids`, or `labels`."""
 
     model_inputs: dict[str, Tensor]  # what the processor returns: input_ids, attention_mask [B, T], the images' tensors
     labels: Tensor  # [B, T], -100 except on answers
     keys: list[str]  # of the samples
     unlabelled: dict[int, str] = field(default_factory=dict)  # row -> why it has no label
-    skipped: Sequence[tuple[int, str, str]] = ()  # place, name and reason of samples in whose place others were drawn
+    skipped: Sequence[tuple[int, str, str]] = ()  # place, name and reason of samples replaced by others
     cache_keys: Sequence[str] = ()  # of the samples' records in a weight cache
 
     @classmethod
@@ -380,7 +380,7 @@ class Batch:
         made,  # a `Batch`, or a mapping of tensors with `labels` and `keys`
         keys: list[str] | None = None,  # of a mapping without keys
     ) -> "Batch":
-        "What a collate function returned, as a `Batch`. Raises KeyError on a mapping without labels or keys."
+        "The result of a collate function as a `Batch`. Raises KeyError on a mapping without labels or keys."
         if isinstance(made, cls):
             return made
         inputs = dict(made) if keys is None else {"keys": keys, **made}

@@ -41,7 +41,7 @@ _RUNS = ("token_budget", "seed", "density_cache", "gradient_cache")  # set by a 
 
 
 def _section(name, settings):
-    "The fields of a run's settings that a scale gives."
+    "A section with the fields of a run's settings that a scale may set."
     fields = {key: kind for key, kind in annotations(settings).items() if key not in _RUNS}
     return TypedDict(name, fields, total=False)
 
@@ -54,7 +54,7 @@ Preference = _section("Preference", DPOSettings)
 class Evaluation(TypedDict, total=False):
     "Arguments of `heed_nb.evaluate.evaluate`."
 
-    questions: Count | None  # of each benchmark; nothing: all there are
+    questions: Count | None  # for each benchmark; empty: all
     batch_size: Count
     dtype: Literal[DTYPES]
     mirror: Text  # folder with copies of the data sets
@@ -81,12 +81,12 @@ class Preparation(TypedDict, total=False):
 # %% ../nbs/61_scales.ipynb #s006
 @dataclass(frozen=True)
 class _Fields(Parameters):
-    "What a scale's file holds, with its name."
+    "The keys of a scale's file, and its name."
 
     name: Text
     teacher: Text  # of Table 1: its folder, or a hub id
     token_budget: Count  # of a run of a table
-    teachers: dict[Name, dict | None] = field(default_factory=dict)  # -> arguments of train_teacher; nothing: given
+    teachers: dict[Name, dict | None] = field(default_factory=dict)  # -> arguments of train_teacher; empty: not trained
     conditions: Some[Name] = ("C0", "C1", "C2", "C3", "C4")  # of Tables 1 and 6; other pages name their own
     seeds: Some[Seed] = (0,)
     more_seeds: dict[Name, tuple[Seed, ...]] = field(default_factory=dict)  # condition -> its seeds beside `seeds`
@@ -94,7 +94,7 @@ class _Fields(Parameters):
     budgets: tuple[Count, ...] = ()  # token budgets of Table 1's curve
     side_budgets: tuple[Count, ...] = ()  # the same for Tables 5 and 6
     init: Literal[INITS] = "paper"  # start of the mixers' new parameters
-    page_conditions: tuple[Name, ...] = ()  # that pages show beside `conditions`, of those they name; empty: all
+    page_conditions: tuple[Name, ...] = ()  # shown beside `conditions`, of those that pages name; empty: all
     open_points: tuple[Name, ...] = ()  # choices of heed_nb/paper/open_points.csv to try, e.g. "init=mamba"
     data: Text = "toyworld"  # documents that train: the toy world, a mixture of heed_nb.sources, or a folder with a /
     prepare: Preparation = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Scale(_Fields):
 
     def settings(
         self,
-        condition: str | None = None,  # None: of no cache
+        condition: str | None = None,  # whose cache the settings name; None: no cache
         *,
         token_budget: int | None = None,  # None: the scale's
         seed: int = 0,
@@ -166,10 +166,10 @@ def _all_teachers(teacher: str, teachers: dict) -> dict[str, dict]:
     names, later = {}, list(teachers)
     for path, given in teachers.items():
         if (other := names.setdefault(PurePath(path).name, path)) != path:
-            raise ValueError(f"teachers {other!r} and {path!r} have one name; their runs would share a folder")
+            raise ValueError(f"teachers {other!r} and {path!r} have the same name, so their runs would share a folder")
         start = convert(given.get("start"), Name | None, f"start of teacher {path!r}")
         if start in later:
-            raise ValueError(f"teacher {path!r} starts from {start!r}, which must stand before it in teachers")
+            raise ValueError(f"teacher {path!r} starts from {start!r}, which must come before it in teachers")
         later.remove(path)
     return teachers
 
@@ -184,7 +184,7 @@ _Loader.add_implicit_resolver(
 
 
 def _size(node, sizes) -> float:
-    "The number of values in a YAML node with its aliases written out. Raises ValueError on a key given twice."
+    "The number of values in a YAML node with its aliases expanded. Raises ValueError on a duplicate key."
     if id(node) in sizes:
         return sizes[id(node)]
     sizes[id(node)] = math.inf  # an alias inside its own anchor

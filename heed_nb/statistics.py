@@ -31,7 +31,7 @@ def _mean(values, keys):  # None where a key is absent
 def scores(
     runs: list[dict],  # of `read_runs`
 ) -> pd.DataFrame:  # condition, seed, token_budget, row, score, noise, run; loglik and kl where a run has them
-    """Every run's scores and averages, one a line; an average that lacks a benchmark is left out.
+    """Every run's scores and averages, one per line. An average that lacks a benchmark is left out.
 
     Raises ValueError on a benchmark that is neither one of the ten nor a regime."""
     lines = []

@@ -421,7 +421,7 @@ def test_a_sample_that_cannot_be_used_is_named_whichever_of_the_batch_it_is(reas
         "it has no answer": dict(key="bad", messages=PAGE_ASKED[:1]),
         "answer 0 is empty, so": dict(key="bad", messages=[PAGE_ASKED[0], dict(role="assistant", content=None)]),
         "max_length is 90": Sample("bad", [PAGE], [("total?", "forty-two " * 9)]),
-        "takes .* tokens": Sample("bad", [PAGE] * 4, [("long " * 99, "42")]),
+        "has .* tokens": Sample("bad", [PAGE] * 4, [("long " * 99, "42")]),
     }.items(),
 )
 def test_a_sample_without_a_label_is_named_and_refused_or_skipped_by_distill(reason, given, tmp_path):

@@ -474,7 +474,7 @@ def test_a_full_disk_leaves_earlier_answers(models, monkeypatch, tmp_path):
         (dict(rows=[dict(messages=[*ASKED, dict(role="assistant", content=" ")])]), "sample '0': its last answer is e"),
         (dict(rows=[dict(images=["none.png"], messages=[*ASKED, dict(role="assistant", content="b")])]), "none.png"),
         (dict(rows=[], metric="bleu"), "unknown metric 'bleu'; one of anls"),
-        (dict(rows=[], benchmarks=["docvqa"]), "rows are scored alone"),
+        (dict(rows=[], benchmarks=["docvqa"]), "give either rows or benchmarks, not both"),
         (dict(rows=[], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
         (dict(suite="tiny"), "unknown suite 'tiny'; one of toy, paper"),
         (dict(benchmarks=[]), "no benchmarks given"),

@@ -525,7 +525,7 @@ def test_publish_is_all_or_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scale", ["", ".", "..", "published/toy", "toy/../teachers", "/toy"])
 def test_what_is_no_scale_is_not_published(tmp_path, scale):
     write_file(tmp_path / "published/toy/tables/table_01.md", "earlier")
-    with pytest.raises(ValueError, match="is no name of a scale$|^nothing to publish in "):
+    with pytest.raises(ValueError, match="is not the name of a scale$|^nothing to publish in "):
         publish(scale, tmp_path)
     assert [p.name for p in tmp_path.glob("*")] == ["published"]
     assert [p.name for p in (tmp_path / "published").iterdir()] == ["toy"]

@@ -59,9 +59,9 @@ def test_nothing_means_all_questions(scale_file, root, monkeypatch):
         ({"init": "warm"}, "init is 'warm'; it takes one of paper, mamba, identity"),
         ({"teachers": {"t": 600}}, "teachers is {'t': 600}; it takes a mapping of names to mappings, or nothing"),
         ({"teachers": {"b": {"start": [1]}}}, "start of teacher 'b' is [1]; it takes a name, or nothing"),
-        ({"teachers": {"a/toy": None, "b/toy": None}}, "teachers 'a/toy' and 'b/toy' have one name"),
-        ({"teachers": {"b": {"start": "c"}, "c": {}}}, "teacher 'b' starts from 'c', which must stand before it"),
-        ({"teachers": {"b": {"start": "b"}}}, "teacher 'b' starts from 'b', which must stand before it"),
+        ({"teachers": {"a/toy": None, "b/toy": None}}, "teachers 'a/toy' and 'b/toy' have the same name"),
+        ({"teachers": {"b": {"start": "c"}, "c": {}}}, "teacher 'b' starts from 'c', which must come before it"),
+        ({"teachers": {"b": {"start": "b"}}}, "teacher 'b' starts from 'b', which must come before it"),
     ],
 )
 def test_a_wrong_scale_is_refused(scale_file, overrides, message):
