@@ -26,7 +26,7 @@ import tiny
 from copies import picture
 from heed_nb import corpora
 from heed_nb.conditions import CONDITIONS, TrainSettings
-from heed_nb.corpora import Caps, benchmark_rows, load_corpus, prepare
+from heed_nb.corpora import Caps, benchmark_rows, check_source, load_corpus, prepare
 from heed_nb.data import collate
 from heed_nb.downloads import Limits, Refused, fetch, public_addresses
 from heed_nb.hybrid import to_hybrid
@@ -103,8 +103,9 @@ def test_a_corpus_trains_a_student(corpus, processor, tmp_path):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_gives_rows_as_long_as_collated(name, corpus, processor):
+def test_every_source_gives_rows_as_long_as_collated(name, corpus, processor, tmp_path):
     rows, made = corpus(name)
+    assert check_source(SOURCES[name], tmp_path / "copies")[1:3] == ["columns as expected", "4 of 4 rows are read"]
     assert made["skipped"] == {} and len(rows) == made["taken"] == 3
     assert len({str(texts(row)) for row in rows}) == 3  # each row once
     if name != "ScienceQA":  # some of its questions have no image
