@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import signal
 import ssl
 import subprocess
 import sys
@@ -334,6 +335,7 @@ def test_a_killed_preparation_goes_on_to_the_same_corpus(processor, tmp_path, mo
         kills += run.is_alive()
         run.kill()
         run.join()
+        assert run.exitcode in (0, -signal.SIGKILL)
         assert not psutil.wait_procs(workers, timeout=10)[1]
     assert kills >= 2
     made = json.loads((tmp_path / "killed/manifest.json").read_text())

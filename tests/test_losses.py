@@ -31,7 +31,7 @@ def test_alignment_is_eq_5_and_eq_4(layers, kind):
 
 def test_weights_of_another_number_of_layers_are_refused():
     residuals = list(torch.zeros(3, 2, 6, 4))
-    with pytest.raises(ValueError, match=r"weights are \(2, 2, 6\); 3 residuals of \(2, 6, 4\) take \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"weights are \(2, 2, 6\); 3 residuals of \(2, 6, 4\) need \(2, 6\)"):
         residual_alignment(residuals, residuals, torch.ones(2, 2, 6))
 
 

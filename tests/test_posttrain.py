@@ -11,6 +11,7 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,7 +262,8 @@ model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 batch = tiny.batch_of(tiny.samples("qwen3_vl"), tiny.processor("qwen3_vl"))
 print(model.generate(**batch, max_new_tokens=8, do_sample=False).tolist())
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "student"], capture_output=True, text=True)
+    call = [sys.executable, "-c", code, tmp_path / "student"]
+    done = subprocess.run(call, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     batch = tiny.batch_of(tiny.samples("qwen3_vl"), processor)
     assert json.loads(done.stdout) == model.generate(**batch, max_new_tokens=8, do_sample=False).tolist()

@@ -618,7 +618,7 @@ def test_what_a_run_writes_has_the_permissions_of_the_umask(tmp_path):
         os.umask(earlier)
 
 
-LAUNCHED = "^the launcher started {n} processes \\({name}\\), accelerate counts 1, so each rank"
+LAUNCHED = "^the launcher started {n} processes \\({name}\\), accelerate counts 1, so the ranks would overwrite"
 
 
 @pytest.mark.parametrize(
