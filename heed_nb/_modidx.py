@@ -1022,6 +1022,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'heed_nb.toy_teachers._minicpmv': ('toy_teachers.html#_minicpmv', 'heed_nb/toy_teachers.py'),
                                       'heed_nb.toy_teachers._optimizers': ('toy_teachers.html#_optimizers', 'heed_nb/toy_teachers.py'),
                                       'heed_nb.toy_teachers._outputs': ('toy_teachers.html#_outputs', 'heed_nb/toy_teachers.py'),
+                                      'heed_nb.toy_teachers._phases': ('toy_teachers.html#_phases', 'heed_nb/toy_teachers.py'),
                                       'heed_nb.toy_teachers._publish': ('toy_teachers.html#_publish', 'heed_nb/toy_teachers.py'),
                                       'heed_nb.toy_teachers._qwen3_vl': ('toy_teachers.html#_qwen3_vl', 'heed_nb/toy_teachers.py'),
                                       'heed_nb.toy_teachers._read_loss': ('toy_teachers.html#_read_loss', 'heed_nb/toy_teachers.py'),

@@ -441,6 +441,16 @@ def _train_phase(
             _save(training, phase, steps_before + step, state)
 
 # %% ../nbs/46_toy_teachers.ipynb #c0m45
+def _phases(given):
+    "For each phase, the batches of `Documents` that it trains on and its peak learning rate."
+    answer, settle, lr = given["answer_steps"], given["settle_steps"], given["lr"]
+    return {
+        "read": (range(given["read_steps"]), lr),
+        "answer": (range(answer), lr),
+        "settle": (range(answer, answer + settle), lr * 2 / 3),
+    }
+
+
 def _publish(training):
     "Saves the teacher in the place of an earlier one."
     out, model = training.out, training.model
@@ -482,11 +492,7 @@ def train_teacher(
     other arguments, on a folder in use, and on a launcher of several processes."""
     given = {k: v for k, v in locals().items() if k not in ("out", "checkpoint_every", "device")}
     given, out = json.loads(json.dumps(given, default=str)), Path(out)
-    phases = {
-        "read": (range(read_steps), lr),
-        "answer": (range(answer_steps), lr),
-        "settle": (range(answer_steps, answer_steps + settle_steps), lr * 2 / 3),
-    }
+    phases = _phases(given)
     check_launch(1)
     with locked(out):
         training, order, steps_before = _Training(out, given, device), list(phases), 0

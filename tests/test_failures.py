@@ -16,7 +16,7 @@ from heed_nb.runs import joint_failures, pair_answers, read_answers, run_name, w
 from heed_nb.statistics import AVERAGES, ROWS, scores
 from heed_nb.tables import score_table
 from heed_nb.teachers import load_teacher
-from heed_nb.toy_pages import BAND, CELL, COLOURS, PATCH, WORLDS, glyph, render
+from heed_nb.toy_pages import BAND, CELL, COLOURS, PAPERS, PATCH, WORLDS, glyph, render
 from heed_nb.toyworld import FAILURES, Documents, asked_text, benchmark, failure, failure_kinds, world_of
 from test_results import notebook
 
@@ -82,7 +82,9 @@ def test_the_plain_shape_has_its_colour_and_no_print_on_it(world):
         pixels = np.asarray(q.image)[shape.y : shape.y + shape.size + 1, shape.x : shape.x + shape.size + 1]
         centre = pixels[shape.size * 2 // 3, shape.size // 2]
         assert rgb == tuple(centre) and shape.colour == q.answer
-        near = np.abs(pixels.astype(int) - rgb).max(-1) <= (40 if WORLDS[world].softness else 0)  # edges may be soft
+        apart = lambda colour: np.abs(pixels.astype(int) - colour).sum(-1)
+        paper = WORLDS[world].papers[PAPERS.index(q.page.paper)]
+        near = apart(rgb) < apart(paper) if WORLDS[world].softness else apart(rgb) == 0
         assert near.mean() > 0.45  # a triangle covers half of its box
         assert sorted(q.choices) == sorted(COLOURS) and q.question.split("? ")[0] == f"colour of {shape.name}"
         beside = lambda t: t.x <= shape.x + shape.size and t.x + 8 * len(t.string) > shape.x
