@@ -29,12 +29,14 @@ import torch
 import yaml
 from rapidfuzz.distance import Levenshtein
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from .conditions import BENCHMARKS, TASKS
 from .files import write_file
 from .parameters import DTYPES
 from .samples import BadSample, as_sample, samples_of, viewed_images
 from .teachers import check_checkpoint, greedy_answers, load_teacher
+from .toyworld import world_of
 
 # %% ../nbs/51_evaluate.ipynb #c004
 def _folded(text):
@@ -145,12 +147,14 @@ def unread_is_wrong(
     return process
 
 # %% ../nbs/51_evaluate.ipynb #c011
-def _toy_task(path, questions, seed):
+def _toy_task(path, questions, seed, world):
     "The task of a file, with its questions rendered."
     from lmms_eval.utils import load_yaml_config
 
     config = load_yaml_config(str(path), mode="full")
-    return config["class"](config | {"dataset_kwargs": {"n": questions, "seed": seed}}, model_name=MODEL_ID)
+    return config["class"](
+        config | {"dataset_kwargs": {"n": questions, "seed": seed, "world": world}}, model_name=MODEL_ID
+    )
 
 
 def pinned_config(
@@ -275,7 +279,8 @@ def run_tasks(
 
         paths = task_files(suite, list(dict.fromkeys(keys)))
         if suite == "toy":
-            tasks = [_toy_task(path, questions, seed) for path in paths]
+            world = world_of(AutoConfig.from_pretrained(model))
+            tasks = [_toy_task(path, questions, seed, world) for path in paths]
         else:
             configs = [pinned_config(path, mirror) for path in paths]
             _check_datasets(configs)
@@ -386,6 +391,8 @@ def evaluate(
     out: Path | None = None,  # where answers.jsonl goes; None: nowhere
 ) -> dict:  # {"scores": {key: 0 to 100}, "n": {key: questions}, "seconds": ...}; the key is "rows" for rows
     """Scores a model's greedy answers to the benchmarks or to rows. The scores depend on the answers alone.
+
+    The toy suite asks about pages of the world that the model's config records.
 
     Raises ValueError on wrong arguments, a broken checkpoint, a bad row or a missing dataset, before any work."""
     counts = dict(batch_size=batch_size, max_new_tokens=max_new_tokens)

@@ -95,7 +95,7 @@ class Questions(list):
 
 
 class ToyTask(ConfigurableMessagesTask):
-    "A toy benchmark: `metadata.benchmark` names it, `dataset_kwargs` gives the number of questions and the seed."
+    "A toy benchmark: `metadata.benchmark` names it, `dataset_kwargs` gives n, seed and world of its questions."
 
     def __init__(self, config: dict, model_name: str | None = None):
         super().__init__(config={k: v for k, v in config.items() if k != "class"}, model_name=model_name)
@@ -105,6 +105,6 @@ class ToyTask(ConfigurableMessagesTask):
         key = self.config.metadata["benchmark"]
         rows = Questions(
             {"key": q.key, "image": q.image, "question": q.question, "answers": [q.answer], "metric": TASKS[key].metric}
-            for q in toyworld.benchmark(key, dataset_kwargs["n"], dataset_kwargs["seed"])
+            for q in toyworld.benchmark(key, **dataset_kwargs)
         )
         self.dataset = self.dataset_no_image = {self.config.test_split: rows}

@@ -26,8 +26,8 @@ def wrong_answer(page: Page, question: Question, r: random.Random) -> str:
 class Preferences:
     "Endless map-style data set of rows with images, prompt, chosen and rejected; a function of seed and index."
 
-    def __init__(self, seed: int = 0):
-        self.seed, self.documents = seed, Documents(f"preferences-{seed}")
+    def __init__(self, seed: int = 0, world: str = "crowded"):
+        self.seed, self.documents = seed, Documents(f"preferences-{seed}", world=world)
 
     def question(self, index: int) -> tuple[Page, Question]:
         "The page with that number, and a question about its print."

@@ -14,16 +14,18 @@ from heed_nb.evaluate import evaluate
 from heed_nb.files import check_sums
 from heed_nb.runs import read_run
 from heed_nb.teachers import FAMILIES, family_of, load_teacher
-from heed_nb.toy_teachers import TOYS, mlp_energy, train_teacher
-from heed_nb.toyworld import Documents
+from heed_nb.toy_teachers import TOYS, train_teacher, write_energy
+from heed_nb.toyworld import Documents, world_of
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parent.parent / "outputs/teachers").glob("*/config.json"))
 folders = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
-def test_there_is_one_of_each_family():
+def test_there_is_one_of_each_family_and_a_roomy_one():
     types = [json.loads((folder / "config.json").read_text())["model_type"] for folder in FOLDERS]
-    assert sorted(types) == sorted(TOYS) and len(TOYS) == len(FAMILIES)
+    worlds = [folder.name.split("-")[0] for folder in FOLDERS]
+    crowded = [kind for kind, world in zip(types, worlds) if world == "toy"]
+    assert sorted(crowded) == sorted(TOYS) and len(TOYS) == len(FAMILIES) and worlds.count("roomy") == 1
 
 
 @folders
@@ -55,14 +57,17 @@ def test_a_teacher_of_each_family_trains(model_type, tmp_path):
 
 
 @folders
-def test_its_mlps_change_the_residual_stream_little(folder):
+def test_its_world_and_how_little_its_layers_change_the_residual_stream(folder):
     model, processor = load_teacher(folder)
-    batch, family = collate([Documents(split="test")[i] for i in range(8)], processor), family_of(model)
+    assert world_of(model.config) == ("roomy" if folder.name.startswith("roomy-") else "crowded")
+    documents, family = Documents(split="test", world=world_of(model.config)), family_of(model)
+    batch = collate([documents[i] for i in range(8)], processor)
     with torch.no_grad():
-        written, _ = mlp_energy(
-            family, model, family.language_inputs(model, batch.model_inputs).kwargs, batch["attention_mask"]
-        )
-    assert written.max() < 0.5 and written.mean() < 0.2  # 0.6 to 59 and 0.24 to 15 after the answer phase
+        inputs = family.language_inputs(model, batch.model_inputs).kwargs
+        attention, mlps = write_energy(family, model, inputs, batch["attention_mask"])[0]
+    assert mlps.max() < 0.5 and mlps.mean() < 0.2  # 0.6 to 59 and 0.24 to 15 after the answer phase
+    if documents.world == "roomy":
+        assert len(mlps) == 8 and attention.max() < 0.5 and attention.mean() < 0.2
 
 
 @folders
