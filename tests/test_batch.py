@@ -182,7 +182,7 @@ def test_a_start_that_is_not_there_is_refused(four_teachers):
 @pytest.mark.parametrize(
     "choice, message",
     [
-        (dict(scale="toi"), "unknown scale 'toi'; one of nobody, paper, small, smoke, toy"),
+        (dict(scale="toi"), "unknown scale 'toi'; one of nobody, paper, roomy, small, smoke, toy"),
         (dict(conditions="C1 C9"), "unknown condition 'C9'; one of C0, C1"),
         (dict(seeds="0 -1"), "unknown seed '-1'; a seed is a whole number"),
         (dict(seeds=""), "seeds is empty; leave it out, or name one"),
@@ -263,7 +263,7 @@ def test_a_seed_that_is_measured_in_part_stays_in_the_table(four_teachers, budge
     "given, message",
     [
         *(
-            (["clean", f"SCALE={scale}"], f"unknown scale '{scale}'; one of paper small smoke toy")
+            (["clean", f"SCALE={scale}"], f"unknown scale '{scale}'; one of paper roomy small smoke toy")
             for scale in ("teachers", "smoke teachers", "toy/../teachers", "%", "toy;touch hostile", "'", "-rf")
         ),
         (["clean", "SCALE="], "SCALE is empty"),

@@ -48,7 +48,7 @@ def contents(folder):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(scale="smal"), "unknown scale 'smal'; one of paper, small, smoke, toy"),
+        (dict(scale="smal"), "unknown scale 'smal'; one of paper, roomy, small, smoke, toy"),
         (dict(conditions=["C9"]), "unknown condition 'C9'; one of C0"),
         (dict(seeds=["0"]), "seeds is ['0']; it takes a list of whole numbers"),
         (dict(seeds=[]), "seeds is []; it takes a list of whole numbers"),
