@@ -88,7 +88,7 @@ def raising(error):
 
 FAULTS = {  # what happens at the sixth batch; the error, and how many records are stored
     "failure": (raising(ValueError("no density")), ValueError, "^no density, on samples page-", 20),
-    "NaN": (lambda batch: [torch.tensor([torch.nan])] * 4, ValueError, "holds NaN or .*, on samples page-", 20),
+    "NaN": (lambda batch: [torch.tensor([torch.nan])] * 4, ValueError, "hold NaN or .*, on samples page-", 20),
     "interrupt": (raising(KeyboardInterrupt()), KeyboardInterrupt, "^$", 20),
     "kill": (lambda batch: os.kill(os.getpid(), signal.SIGKILL), None, None, 16),
     "deadline": (numbers, OutOfTime, "^stopped at 20 of 240 tokens; call again to complete .*$", 4),
