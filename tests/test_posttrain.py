@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 from copy import deepcopy
@@ -369,15 +368,7 @@ SHARED = dict(
 
 @pytest.mark.slow
 def test_two_processes_share_a_run(tmp_path, processes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [processes.Process(target=share_a_run, args=(tmp_path, rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    tiny.run_two_ranks(processes, share_a_run, tmp_path)
     for phase, given in SHARED.items():
         run(phase, tmp_path / "alone" / phase, **given)
         together, alone = log(tmp_path / phase), log(tmp_path / "alone" / phase)

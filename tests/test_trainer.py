@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -535,15 +534,7 @@ def share_a_run(out, rank, port):
 
 
 def test_two_processes_share_a_run(tmp_path, processes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [processes.Process(target=share_a_run, args=(tmp_path, rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    tiny.run_two_ranks(processes, share_a_run, tmp_path)
     one, other = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     assert all(one[name].equal(other[name]) for name in one)
     run(tmp_path / "alone", data=EvenNoise())

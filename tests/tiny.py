@@ -1,5 +1,6 @@
 "A random teacher of each family, of 64 channels, with its processor and batches."
 
+import socket
 from dataclasses import dataclass, field
 
 import pytest
@@ -162,3 +163,16 @@ def fails(match, call, *args, **kwargs):
     with pytest.raises(ValueError, match=match) as caught:
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+def run_two_ranks(processes, target, folder):
+    "Runs target(folder, rank, port) in two processes of a multiprocessing context, on a free port."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [processes.Process(target=target, args=(folder, rank, port)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
